@@ -1,0 +1,102 @@
+"""What one sample is: a key and named byte fields, exactly what lies in the tar and nothing decoded.
+
+Design choices:
+- A field's name is everything after the first dot of the file's base name, lower-case, as `webdataset` splits it:
+  `animals/cat-7.jpg` and `animals/cat-7.txt` are the fields "jpg" and "txt" of the sample "animals/cat-7".
+- Modality follows from the field's extension alone, so an index can be built without opening a single image.
+- Captions: the field "txt"; when the field "json" holds {"captions": [...]}, those instead. {"label": ...} is the
+  class for zero-shot classification.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from data_pipeline.errors import DataError
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+AUDIO_EXTENSIONS = ("flac", "wav", "ogg")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample: its key and its fields, extension (lower-case, without the leading dot) -> bytes."""
+
+    key: str
+    fields: dict[str, bytes]
+
+    @property
+    def image_field(self) -> str | None:
+        """The name of the field that holds the image; None when there is none."""
+        return find_field(self.fields, IMAGE_EXTENSIONS)
+
+    @property
+    def audio_field(self) -> str | None:
+        """The name of the field that holds the sound; None when there is none."""
+        return find_field(self.fields, AUDIO_EXTENSIONS)
+
+    def metadata(self) -> dict[str, Any]:
+        """The object in the field "json", {} when there is none; DataError when it is not a JSON object."""
+        if "json" not in self.fields:
+            return {}
+        try:
+            metadata = json.loads(self.fields["json"])
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"the json field of sample {self.key!r} is not JSON ({error})") from error
+        if not isinstance(metadata, dict):
+            raise DataError(f"the json field of sample {self.key!r} holds {type(metadata).__name__}, not an object")
+        return metadata
+
+    def captions(self) -> tuple[str, ...]:
+        """Every caption, the first being the one to evaluate with; () when there is none.
+
+        Raises DataError when a caption is not UTF-8 text.
+        """
+        captions = self.metadata().get("captions")
+        if captions:
+            if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+                raise DataError(f"the json field of sample {self.key!r} has captions that are not a list of texts")
+            return tuple(captions)
+        if "txt" not in self.fields:
+            return ()
+        try:
+            return (self.fields["txt"].decode("utf-8").strip(),)
+        except UnicodeDecodeError as error:
+            raise DataError(f"the txt field of sample {self.key!r} is not UTF-8 ({error})") from error
+
+    def label(self) -> str | None:
+        """The class name in the json field; None when there is none."""
+        label = self.metadata().get("label")
+        return None if label is None else str(label)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """What could not be turned into a sample: where it was, and why."""
+
+    source: str
+    reason: str
+
+
+def find_field(names: Iterable[str], extensions: tuple[str, ...]) -> str | None:
+    """The field name with one of these extensions, "jpg" before "left.jpg"; None when there is none."""
+    matching = [name for name in names if name.rpartition(".")[2] in extensions]
+    if not matching:
+        return None
+    return min(matching, key=lambda name: (name.count("."), extensions.index(name.rpartition(".")[2]), name))
+
+
+def modalities_of(names: Iterable[str]) -> tuple[str, ...]:
+    """Which of "audio", "image", "text" the fields of these names hold, sorted."""
+    names = tuple(names)
+    found = set()
+    if find_field(names, AUDIO_EXTENSIONS):
+        found.add("audio")
+    if find_field(names, IMAGE_EXTENSIONS):
+        found.add("image")
+    if "txt" in names:
+        found.add("text")
+    return tuple(sorted(found))

@@ -1,0 +1,47 @@
+"""Megatron-core 0.16 and DeepSpeed 0.19 on a machine without CUDA: the names they take for granted, in one place.
+
+Each entry of `enable_cpu` stands for lines that name CUDA literally, or that ask for what a CPU machine lacks.
+Where CUDA is, nothing is touched: the same code then runs unpatched.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+CPU = torch.device("cpu")
+
+
+def enable_cpu() -> bool:
+    """Make both libraries run on CPU and gloo; True if this is such a machine. Calling it again does nothing more."""
+    if torch.cuda.is_available():
+        return False
+    # deepspeed/accelerator/real_accelerator.py guesses the accelerator at its first import; say it instead
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # tensor_parallel/random.py, parallel_state.py: `torch.cuda.current_device()` as the device of small tensors
+    torch.cuda.current_device = lambda: CPU  # type: ignore[assignment, return-value]
+    torch.cuda.synchronize = lambda device=None: None  # type: ignore[assignment]
+    _random_state_on_cpu()
+    _no_shared_memory_op()
+    return True
+
+
+def _random_state_on_cpu() -> None:
+    """tensor_parallel/random.py:90-150 reads and writes the CUDA generator; the CPU generator forks just the same."""
+    import megatron.core.tensor_parallel.random as random
+
+    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))  # type: ignore[assignment, return-value]
+
+
+def _no_shared_memory_op() -> None:
+    """deepspeed/comm/torch.py:47 compiles a C++ all-reduce for CPU inference in every process that starts.
+
+    Only `inference_all_reduce` uses it; training goes through gloo. Without it there is nothing to compile, no
+    lock file to wait on, and no C++ compiler is needed.
+    """
+    import deepspeed.comm.torch as deepspeed_torch
+
+    deepspeed_torch.build_shm_op = lambda: None

@@ -1,0 +1,68 @@
+"""How a run is spread over ranks, and which spreads are refused.
+
+A layout is laid on from outside: model code never asks for it. `check` runs before any process group exists and
+says why a layout cannot be right and what to use instead; running it would give wrong gradients or a hang.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pretrain.config import Recipe
+from pretrain.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the parallel groups; `world` ranks hold dp copies of a model cut into tp pieces.
+
+    Ranks of one tensor parallel group are neighbours (0..tp-1), as Megatron-core numbers them.
+    """
+
+    world: int
+    dp: int
+    tp: int
+    zero: int
+    share: int  # samples of the global batch that each data parallel rank reads
+    micro_batch: int  # samples a rank holds activations for
+
+    @property
+    def microbatches(self) -> int:
+        """How many microbatches make a rank's share."""
+        return self.share // self.micro_batch
+
+    def __str__(self) -> str:
+        return f"dp{self.dp} x tp{self.tp}, ZeRO-{self.zero}, {self.microbatches} microbatch(es) of {self.micro_batch}"
+
+
+def lay_out(recipe: Recipe, world: int) -> Layout:
+    """The layout of a recipe on `world` ranks. Raises RequestError for one that cannot be right."""
+    asked, batch = recipe.layout, recipe.train.global_batch
+    for key, value in (("pp", asked.pp), ("vpp", asked.vpp), ("cp", asked.cp), ("ep", asked.ep)):
+        if value > 1:
+            raise RequestError(f"layout.{key} is {value}, but only 1 is supported so far: use layout.tp or layout.zero")
+    if asked.sequence_parallel:
+        raise RequestError("layout.sequence_parallel is not supported so far: leave it false")
+    if world % asked.tp:
+        raise RequestError(f"layout.tp is {asked.tp}, but {world} ranks do not divide into groups of {asked.tp}")
+    for name, tower in (("vision", recipe.model.vision), ("text", recipe.model.text)):
+        hidden = int(tower.width * tower.mlp_ratio)
+        if tower.heads % asked.tp or hidden % asked.tp:
+            raise RequestError(
+                f"layout.tp is {asked.tp}, but model.{name}.heads ({tower.heads}) and its feed-forward size ({hidden}) "
+                f"must both divide by it"
+            )
+    if asked.zero == 0 and recipe.train.precision == "bf16":
+        raise RequestError("layout.zero=0 with train.precision=bf16 ends at another loss, undiagnosed: use layout.zero=1")
+    dp = world // asked.tp
+    if batch % dp:
+        fits = max(n for n in range(1, dp + 1) if batch % n == 0)
+        raise RequestError(
+            f"train.global_batch is {batch}, which does not divide over {dp} data parallel ranks: "
+            f"use a multiple of {dp}, or {fits * asked.tp} rank(s)"
+        )
+    share = batch // dp
+    micro = recipe.train.micro_batch or share
+    if share % micro:
+        raise RequestError(f"train.micro_batch is {micro}, which does not divide a rank's share of {share} samples")
+    return Layout(world=world, dp=dp, tp=asked.tp, zero=asked.zero, share=share, micro_batch=micro)
