@@ -32,7 +32,9 @@ class Section(BaseModel):
 class Run(Section):
     dir: Path = Field(Path("runs/run"), description="folder of the run: config, metrics, checkpoints, report")
     seed: int = Field(0, ge=0, description="seed of the data order, the augmentation and the initial parameters")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train; auto takes CUDA when it is there")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="where to train; auto takes CUDA when it is there"
+    )
 
 
 class Data(Section):
@@ -40,7 +42,9 @@ class Data(Section):
     test: Path | None = Field(None, description="folder of shards to evaluate on")
     loader: Literal["inprocess"] = Field("inprocess", description="who makes batches: worker processes of each rank")
     workers: int = Field(1, ge=0, description="loader processes of each rank; 0 decodes in the training process")
-    tokenizer: Path | None = Field(None, description="tokenizer.json to use; default: trained on the captions of data.train")
+    tokenizer: Path | None = Field(
+        None, description="tokenizer.json to use; default: trained on the captions of data.train"
+    )
     crop_scale: tuple[float, float] = Field((1.0, 1.0), description="share of the picture's area a training crop keeps")
     flip: bool = Field(False, description="mirror half of the training pictures (changes the truth of 'left of')")
     max_corrupt: int = Field(100, ge=0, description="undecodable samples to replace and report before the run stops")
@@ -69,7 +73,9 @@ class Tower(Section):
 class Vision(Tower):
     image_size: int = Field(64, ge=1, description="side of the input picture, pixels")
     patch: int = Field(8, ge=1, description="side of a patch, pixels; divides image_size")
-    pool: Literal["class", "mean"] = Field("mean", description="what stands for the picture: a class token or the mean patch")
+    pool: Literal["class", "mean"] = Field(
+        "mean", description="what stands for the picture: a class token or the mean patch"
+    )
     positions: Literal["learned", "sincos2d"] = Field("sincos2d", description="position embedding of the patches")
 
     @model_validator(mode="after")
@@ -97,7 +103,9 @@ class Model(Section):
 
 
 class Objective(Section):
-    name: Literal["contrastive", "sigmoid"] = Field(description="contrastive: InfoNCE (CLIP); sigmoid: pairwise (SigLIP)")
+    name: Literal["contrastive", "sigmoid"] = Field(
+        description="contrastive: InfoNCE (CLIP); sigmoid: pairwise (SigLIP)"
+    )
     weight: float = Field(1.0, description="factor on this loss")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the contrastive loss")
 
@@ -106,7 +114,9 @@ class Train(Section):
     steps: int = Field(1000, ge=1, description="optimizer steps of the whole schedule")
     stop_at: int | None = Field(None, ge=1, description="end early after this step without changing the schedule")
     global_batch: int = Field(128, ge=1, description="samples of one step, over all ranks; the negatives of the loss")
-    micro_batch: int | None = Field(None, ge=1, description="samples a rank holds activations for; default: its whole share")
+    micro_batch: int | None = Field(
+        None, ge=1, description="samples a rank holds activations for; default: its whole share"
+    )
     lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
     min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the cosine")
     warmup: int = Field(100, ge=0, description="steps of linear warm-up")
@@ -115,7 +125,9 @@ class Train(Section):
     beta2: float = Field(0.98, ge=0, lt=1, description="Adam's second moment")
     eps: float = Field(1e-6, gt=0, description="Adam's epsilon")
     grad_clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0 never clips")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of parameters and activations; master weights are fp32")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of parameters and activations; master weights are fp32"
+    )
     resume: Literal["auto", "never"] = Field("auto", description="auto goes on from the newest checkpoint of run.dir")
     log_every: int = Field(10, ge=1, description="steps between two lines of metrics.jsonl")
 
@@ -127,7 +139,9 @@ class LayoutConfig(Section):
     cp: int = Field(1, ge=1, description="context parallel ranks")
     ep: int = Field(1, ge=1, description="expert parallel ranks")
     sequence_parallel: bool = Field(False, description="shard norms and residuals along the sequence over the tp ranks")
-    zero: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO: 1 shards optimizer, 2 + gradients, 3 + parameters")
+    zero: Literal[0, 1, 2, 3] = Field(
+        1, description="DeepSpeed ZeRO: 1 shards optimizer, 2 + gradients, 3 + parameters"
+    )
 
 
 class Checkpoint(Section):

@@ -12,6 +12,7 @@ import torch
 from pretrain.config import Model
 from pretrain.models.heads import LogitBias, LogitScale
 from pretrain.models.towers import TextTower, VisionTower, normalise
+from pretrain.models.transformer import mark_tensor_parallel
 
 
 class DualEncoder(torch.nn.Module):
@@ -25,6 +26,7 @@ class DualEncoder(torch.nn.Module):
         self.text_projection = torch.nn.Linear(config.text.width, config.embed_dim, bias=False, dtype=dtype)
         self.logit_scale = LogitScale(config.logit_scale_init, config.logit_scale_max)
         self.logit_bias = LogitBias(config.logit_bias_init)
+        mark_tensor_parallel(self)
 
     def encode_image(self, image: torch.Tensor) -> torch.Tensor:
         """uint8 [B, 3, size, size] -> fp32 [B, E], unit length."""

@@ -1,4 +1,7 @@
-"""What stands between a tower and a loss: projections and the learned scale."""
+"""What stands between a tower and a loss: the learned scale and bias of the logits.
+
+Their parameters have one element and one axis: DeepSpeed cannot broadcast a tensor without axes.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,11 @@ class LogitScale(torch.nn.Module):
 
     def __init__(self, initial: float, maximum: float) -> None:
         super().__init__()
-        self.log = torch.nn.Parameter(torch.tensor(math.log(initial)))
+        self.log = torch.nn.Parameter(torch.tensor([math.log(initial)]))
         self.log_maximum = math.log(maximum)
 
     def forward(self) -> torch.Tensor:
-        value: torch.Tensor = _ClampFromAbove.apply(self.log.float(), self.log_maximum)
+        value: torch.Tensor = _ClampFromAbove.apply(self.log.float()[0], self.log_maximum)
         return value.exp()
 
 
@@ -43,7 +46,7 @@ class LogitBias(torch.nn.Module):
 
     def __init__(self, initial: float) -> None:
         super().__init__()
-        self.value = torch.nn.Parameter(torch.tensor(initial))
+        self.value = torch.nn.Parameter(torch.tensor([initial]))
 
     def forward(self) -> torch.Tensor:
-        return self.value.float()
+        return self.value.float()[0]

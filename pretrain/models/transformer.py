@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -55,7 +56,7 @@ class CoreAttention(torch.nn.Module):
         **_: object,
     ) -> torch.Tensor:
         q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBHK, k_SBHK, v_SBHK))
-        out_BHSK = attention(q, k, v, causal=self.causal, key_lengths=attention_mask)
+        out_BHSK = attention(q, k, v, causal=self.causal, key_lengths_B=attention_mask)
         return out_BHSK.permute(2, 0, 1, 3).flatten(2)
 
 
@@ -107,3 +108,19 @@ def build_block(tower: Tower, *, causal: bool, tp: int, dtype: torch.dtype) -> T
     return TransformerBlock(
         config, TransformerBlockSubmodules(layer_specs=[layer] * tower.layers, layer_norm=Norm), post_layer_norm=True
     )
+
+
+def mark_tensor_parallel(model: torch.nn.Module) -> None:
+    """Say on each cut weight along which axis it is cut, as Megatron-core does only when it draws the weights itself.
+
+    The initial draw, the gradient norm and checkpoints tell cut parameters from whole ones by these marks.
+    """
+    axes: tuple[tuple[type[torch.nn.Module], int], ...] = (
+        (ColumnParallelLinear, 0),
+        (RowParallelLinear, 1),
+        (VocabParallelEmbedding, 0),
+    )
+    for module in model.modules():
+        for kind, axis in axes:
+            if isinstance(module, kind):
+                set_tensor_model_parallel_attributes(module.weight, True, axis, 1)

@@ -6,6 +6,7 @@ Where CUDA is, nothing is touched: the same code then runs unpatched.
 
 from __future__ import annotations
 
+import importlib
 import os
 
 import torch
@@ -19,6 +20,8 @@ def enable_cpu() -> bool:
         return False
     # deepspeed/accelerator/real_accelerator.py guesses the accelerator at its first import; say it instead
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # deepspeed/runtime/engine.py:1972 wants what a launcher sets; a single rank has none
+    os.environ.setdefault("LOCAL_RANK", "0")
     # tensor_parallel/random.py, parallel_state.py: `torch.cuda.current_device()` as the device of small tensors
     torch.cuda.current_device = lambda: CPU  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = lambda device=None: None  # type: ignore[assignment]
@@ -42,6 +45,6 @@ def _no_shared_memory_op() -> None:
     Only `inference_all_reduce` uses it; training goes through gloo. Without it there is nothing to compile, no
     lock file to wait on, and no C++ compiler is needed.
     """
-    import deepspeed.comm.torch as deepspeed_torch
-
-    deepspeed_torch.build_shm_op = lambda: None
+    # not `import deepspeed.comm.torch as ...`: the attribute of that name is torch itself
+    deepspeed_torch = importlib.import_module("deepspeed.comm.torch")
+    deepspeed_torch.build_shm_op = lambda: None  # type: ignore[attr-defined]

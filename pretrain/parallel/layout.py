@@ -53,7 +53,9 @@ def lay_out(recipe: Recipe, world: int) -> Layout:
                 f"must both divide by it"
             )
     if asked.zero == 0 and recipe.train.precision == "bf16":
-        raise RequestError("layout.zero=0 with train.precision=bf16 ends at another loss, undiagnosed: use layout.zero=1")
+        raise RequestError(
+            "layout.zero=0 with train.precision=bf16 ends at another loss, undiagnosed: use layout.zero=1"
+        )
     dp = world // asked.tp
     if batch % dp:
         fits = max(n for n in range(1, dp + 1) if batch % n == 0)
