@@ -73,6 +73,8 @@ def _decode_with_pillow(data: bytes, kind: str, max_pixels: float) -> np.ndarray
         return np.array(_as_rgb(ImageOps.exif_transpose(image)))
     except DataError:
         raise
+    except Image.DecompressionBombError as error:  # Pillow's own limit, which it checks before we see the size
+        raise DataError(f"refused before decoding, as a decompression bomb would be: {error}") from error
     except Exception as error:  # hostile bytes raise nearly anything in Pillow: struct, zlib, Syntax, Index, ...
         raise DataError(f"damaged {kind}: {error}") from error
 

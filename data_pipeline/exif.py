@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 
-APP1, START_OF_SCAN = 0xE1, 0xDA
+APP1, START_OF_SCAN, FILL = 0xE1, 0xDA, 0xFF
 ORIENTATION, SHORT = 0x0112, 3
 
 
@@ -18,6 +18,9 @@ def jpeg_orientation(data: bytes) -> int:
     """EXIF orientation of a JPEG, 1 to 8; 1 (upright) when it does not say or cannot be read."""
     position = 2  # after the start-of-image marker
     while position + 4 <= len(data) and data[position] == 0xFF:
+        if data[position + 1] == FILL:  # any number of fill bytes may stand before a marker
+            position += 1
+            continue
         marker, length = struct.unpack_from(">BH", data, position + 1)
         if marker == START_OF_SCAN:
             break

@@ -235,7 +235,7 @@ def load_table(path: Path, entry: ShardEntry) -> ShardTable:
         with np.load(stored, allow_pickle=False) as arrays:
             checksum = arrays["checksum"].tobytes().decode()
             table = ShardTable(
-                *(arrays[name] for name in ("first", "offset", "size", "field", "key_end", "keys")),
+                **{name: arrays[name] for name in ("first", "offset", "size", "field", "key_end", "keys")},
                 field_names=tuple(json.loads(arrays["field_names"].tobytes())),
             )
     except FileNotFoundError as error:

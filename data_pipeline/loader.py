@@ -6,8 +6,9 @@ crop and resize (transforms) -> one row of the batch.
 Design choices:
 - A batch is a pure function of its positions. Workers are torch's DataLoader over the map "step -> batch": they hold no
   state, a run resumes at any step, and any number of ranks and workers reads the same global batches.
-- Rows are written straight into the batch's tensors, which a worker makes in shared memory: one batch is one handle
-  in a queue, no copy, no sample of its own.
+- Rows are written straight into the batch's tensors. A worker's images lie in memory that it shares with the trainer
+  (slots.py) and only the number of the slot travels; the rest is small and travels as it is.
+- Images are channels last in memory, as decoders and resizers work: [b, 3, H, W] by shape, [b, H, W, 3] by stride.
 - A sample that cannot be used is replaced by a pure function of (seed, position, attempt) and named in
   `Batch.corrupt`; batches keep their size. How many are too many is the trainer's decision.
 - Errors travel from the workers as values, so the user sees our sentence and no traceback of another process.
@@ -16,9 +17,13 @@ Design choices:
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,10 +36,13 @@ from data_pipeline.errors import DataError
 from data_pipeline.order import Order
 from data_pipeline.reader import Dataset
 from data_pipeline.sample import Sample
+from data_pipeline.slots import Slots
 from data_pipeline.transforms import ImageTransform, TextTransform, sample_generator
 
 ATTEMPTS = 16  # a position whose replacements all fail this often stands in a data set that is beyond repair
 PREFETCH = 2  # batches a worker keeps ready
+HELD = 3  # batches the consumer may hold, before more are sent by copy: the last, the one in hand, and one in advance
+WATCH_SECONDS = 1.0  # how often a worker looks whether the trainer is still there
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,7 @@ class Batch:
     Legend: b rows, H and W image size, T text context. A modality that was not asked for has size 0 (H = W = 0, T = 0).
     """
 
-    image: torch.Tensor  # uint8 [b, 3, H, W]
+    image: torch.Tensor  # uint8 [b, 3, H, W], channels last in memory
     text: torch.Tensor  # int64 [b, T]
     sample: torch.Tensor  # int64 [b], sample ids
     position: torch.Tensor  # int64 [b], positions in the order
@@ -100,21 +108,27 @@ class BatchMaker:
         self.seed = seed
         self.training = training
 
-    def __call__(self, positions: np.ndarray, samples: np.ndarray) -> Batch:
+    def image_shape(self, rows: int) -> tuple[int, int, int, int]:
+        """The images of a batch as they lie in memory: [rows, H, W, 3]."""
+        size = self.image.size if self.image else 0
+        return rows, size, size, 3
+
+    def __call__(self, positions: np.ndarray, samples: np.ndarray, image_BHWC: torch.Tensor | None = None) -> Batch:
         """The batch of these sample ids at these positions of the order; both int64 [b].
 
+        `image_BHWC` is where to write the images: uint8 of `image_shape(b)`; new memory by default.
         Raises DataError when a position finds no usable sample in ATTEMPTS replacements, or a shard is bad.
         """
         rows = len(positions)
-        size = self.image.size if self.image else 0
+        if image_BHWC is None:
+            image_BHWC = torch.empty(self.image_shape(rows), dtype=torch.uint8)
         batch = Batch(
-            image=_empty((rows, 3, size, size), torch.uint8),
-            text=_empty((rows, self.text.context if self.text else 0), torch.int64),
-            sample=_empty((rows,), torch.int64),
-            position=_empty((rows,), torch.int64),
+            image=image_BHWC.permute(0, 3, 1, 2),
+            text=torch.empty((rows, self.text.context if self.text else 0), dtype=torch.int64),
+            sample=torch.empty(rows, dtype=torch.int64),
+            position=torch.tensor(positions, dtype=torch.int64),
             corrupt=[],
         )
-        batch.position.numpy()[:] = positions
         for row, (position, sample) in enumerate(zip(positions.tolist(), samples.tolist(), strict=True)):
             batch.sample[row] = self._fill(batch, row, position, sample)
         return batch
@@ -143,8 +157,9 @@ class BatchMaker:
         if self.image:
             if read.image_field is None:
                 raise DataError("it has no image")
-            crops = sample_generator(self.seed, epoch, sample, "crop") if self.training else None
-            batch.image[row] = self.image(decode_image(read.fields[read.image_field]), crops)
+            draws = self.training and self.image.draws
+            crops = sample_generator(self.seed, epoch, sample, "crop") if draws else None
+            self.image(decode_image(read.fields[read.image_field]), crops, out=batch.image[row])
         if self.text:
             captions = read.captions()
             if not captions:
@@ -219,7 +234,7 @@ def sequential_batches(
 
 @dataclass(frozen=True)
 class _Batches(TorchDataset):
-    """The map "step -> batch" that DataLoader's workers evaluate."""
+    """The map "step -> batch" that DataLoader's workers evaluate; images go into `slots` where there are any."""
 
     maker: BatchMaker
     order: Order
@@ -227,53 +242,104 @@ class _Batches(TorchDataset):
     rank: int
     world: int
     stop: int | None = None  # no position from here on
+    slots: Slots | None = None
 
-    def __getitem__(self, step: int) -> Batch | DataError | OSError:
-        share = self.global_batch // self.world
-        start = step * self.global_batch + self.rank * share
-        positions = np.arange(start, start + share if self.stop is None else min(start + share, self.stop))
+    @property
+    def share(self) -> int:
+        """Rows of a batch."""
+        return self.global_batch // self.world
+
+    def __getitem__(self, request: tuple[int, int | None]) -> Batch | _Parcel | DataError | OSError:
+        step, slot = request
+        start = step * self.global_batch + self.rank * self.share
+        stop = start + self.share
+        positions = np.arange(start, stop if self.stop is None else min(stop, self.stop))
+        image_BHWC = None if self.slots is None or slot is None else self.slots.tensor(slot)[: len(positions)]
         try:
-            return self.maker(positions, self.order.sample_ids(positions))
+            batch = self.maker(positions, self.order.sample_ids(positions), image_BHWC)
         except (DataError, OSError) as error:
             return error.with_traceback(None)
+        return batch if get_worker_info() is None else _Parcel.pack(batch, self.slots, slot)
+
+
+@dataclass
+class _Parcel:
+    """A batch on its way from a worker: its images in a slot, or sent as a tensor where no slot was free."""
+
+    slots: Slots | None
+    slot: int | None
+    image: torch.Tensor | None
+    text: np.ndarray
+    sample: np.ndarray
+    position: np.ndarray
+    corrupt: list[Corrupt]
+
+    @classmethod
+    def pack(cls, batch: Batch, slots: Slots | None, slot: int | None) -> _Parcel:
+        """In the worker."""
+        text, sample, position = (tensor.numpy() for tensor in (batch.text, batch.sample, batch.position))
+        if slots is None or slot is None:
+            return cls(None, None, batch.image, text, sample, position, batch.corrupt)
+        return cls(slots, slot, None, text, sample, position, batch.corrupt)
+
+    def open(self) -> Batch:
+        """In the trainer."""
+        image = self.image
+        if self.slots is not None and self.slot is not None:
+            image = self.slots.lend(self.slot)[: len(self.sample)].permute(0, 3, 1, 2)
+        assert image is not None
+        text, sample, position = (torch.from_numpy(array) for array in (self.text, self.sample, self.position))
+        return Batch(image, text, sample, position, self.corrupt)
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory; DataLoader's pinning calls this."""
+        return self.open().pin_memory()
 
 
 def _iterate(batches: _Batches, steps: range, workers: int, pin: bool) -> Iterator[Batch]:
     """Evaluate `batches` at `steps`, in order; the workers are gone when the iterator is."""
+    workers = min(workers, len(steps))
+    slots = None
+    if workers and batches.maker.image and _worker_context() == "fork":  # only a forked worker has the same memory
+        slots = Slots(workers * PREFETCH + HELD, batches.maker.image_shape(batches.share))
     loader = DataLoader(
-        batches,
+        replace(batches, slots=slots),
         batch_size=None,  # an item is a batch already
-        sampler=steps,
+        sampler=((step, slots.take() if slots else None) for step in steps),  # asked when a worker is given its task
         collate_fn=_unchanged,
         num_workers=workers,
         prefetch_factor=PREFETCH if workers else None,
-        worker_init_fn=_ignore_interrupt if workers else None,
+        worker_init_fn=partial(_start_worker, os.getpid()) if workers else None,
         multiprocessing_context=_worker_context() if workers else None,
         pin_memory=pin,
     )
     for batch in loader:
         if isinstance(batch, Exception):
             raise batch
-        yield batch
+        yield batch.open() if isinstance(batch, _Parcel) else batch
 
 
-def _unchanged(batch: Batch) -> Batch:
+def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal; the parent finishes its step and ends the workers."""
+def _start_worker(trainer: int, worker: int) -> None:
+    """Leave Ctrl-C, which reaches every process of the terminal, to the trainer's process, and do not outlive that."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(trainer,), daemon=True).start()
+
+
+def _end_with(trainer: int) -> None:
+    """End this worker when the trainer is gone.
+
+    DataLoader sees to that only where a worker waits for work: one that has more to send than a pipe holds would wait
+    for a reader for ever, as every worker has inherited the reading end and so keeps the pipe open itself.
+    """
+    while os.getppid() == trainer:
+        time.sleep(WATCH_SECONDS)
+    os._exit(1)
 
 
 def _worker_context() -> str:
     """Fork where it exists: a worker is there at once, and shares the tables of offsets that are loaded."""
     return "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """An empty tensor; in a worker it lies in shared memory, so that it reaches the trainer without a copy."""
-    if get_worker_info() is None or 0 in shape:
-        return torch.empty(shape, dtype=dtype)
-    nbytes = int(np.prod(shape)) * dtype.itemsize
-    return torch.empty(0, dtype=dtype).set_(torch.UntypedStorage._new_shared(nbytes)).view(shape)

@@ -70,7 +70,8 @@ class Order:
         a = isqrt(self.samples - 1) + 1
         b = -(-self.samples // a)
         radix_left, radix_right = np.uint64(a), np.uint64(b)
-        left, right = places // radix_right, places % radix_right
+        left: np.ndarray = places // radix_right
+        right: np.ndarray = places % radix_right
         for number in range(0, ROUNDS, 2):
             left = (left + _hash(keys + _hash(right + np.uint64(number << 32))) % radix_left) % radix_left
             right = (right + _hash(keys + _hash(left + np.uint64(number + 1 << 32))) % radix_right) % radix_right

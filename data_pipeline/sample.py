@@ -53,13 +53,13 @@ class Sample:
     def captions(self) -> tuple[str, ...]:
         """Every caption, the first being the one to evaluate with; () when there is none.
 
-        Raises DataError when a caption is not UTF-8 text.
+        Raises DataError when a caption is not text.
         """
         captions = self.metadata().get("captions")
         if captions:
             if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
                 raise DataError(f"the json field of sample {self.key!r} has captions that are not a list of texts")
-            return tuple(captions)
+            return tuple(_storable(caption, self.key) for caption in captions)
         if "txt" not in self.fields:
             return ()
         try:
@@ -70,7 +70,7 @@ class Sample:
     def label(self) -> str | None:
         """The class name in the json field; None when there is none."""
         label = self.metadata().get("label")
-        return None if label is None else str(label)
+        return None if label is None else _storable(str(label), self.key)
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,15 @@ class Skipped:
 
     source: str
     reason: str
+
+
+def _storable(text: str, key: str) -> str:
+    """The text itself; DataError when JSON escapes have put half a character in it, which no encoder takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"the json field of sample {key!r} holds text that is not Unicode ({error})") from error
+    return text
 
 
 def find_field(names: Iterable[str], extensions: tuple[str, ...]) -> str | None:

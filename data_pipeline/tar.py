@@ -14,18 +14,21 @@ Format: POSIX.1-2017 pax(1), "ustar Interchange Format" and "pax Header Block"; 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import NamedTuple
 
 from data_pipeline.errors import DataError
 
 BLOCK = 512
+MAGIC = 257  # byte of a header at which "ustar" stands
 ZEROS = bytes(BLOCK)
 PICKLE_EXTENSIONS = frozenset({"pkl", "pickle", "pyd", "pt", "pth", "joblib", "dill"})
 LARGEST_NAME = 1 << 20  # no honest path is a mebibyte long
+LONGEST_NUMBER = 20  # digits of 2^64
 
-REGULAR, DIRECTORY = (b"0", b"\0", b"7"), b"5"
+OLD_REGULAR, DIRECTORY, SPARSE = b"\0", b"5", b"S"
+REGULAR = (b"0", OLD_REGULAR, b"7")
 GNU_LONG_NAME, GNU_LONG_LINK, PAX, PAX_GLOBAL = b"L", b"K", b"x", b"g"
 REFUSED = {
     b"1": "a hard link",
@@ -33,8 +36,17 @@ REFUSED = {
     b"3": "a character device",
     b"4": "a block device",
     b"6": "a named pipe",
-    b"S": "a sparse file",
+    SPARSE: "a sparse file",
 }
+
+
+class TarError(DataError):
+    """What is wrong with a tar; `byte` is where, `resume_at` the header after a refused member, where that is known."""
+
+    def __init__(self, message: str, byte: int = 0, resume_at: int | None = None) -> None:
+        super().__init__(message)
+        self.byte = byte
+        self.resume_at = resume_at
 
 
 class Member(NamedTuple):
@@ -77,61 +89,84 @@ def open_members(path: Path) -> list[Member]:
         return list(read_members(buffer, str(path)))
 
 
-def read_members(buffer: mmap.mmap | bytes, shard: str) -> Iterator[Member]:
-    """Every regular file of the tar in `buffer`, in order; `shard` is the name that errors give.
+def read_members(buffer: mmap.mmap | bytes, shard: str, start: int = 0) -> Generator[Member, None, int]:
+    """Every regular file of the tar in `buffer` from the header at byte `start`; returns the byte of the end mark.
 
-    Raises DataError for what the module docstring lists.
+    `shard` is the name that errors give. Raises TarError for what the module docstring lists.
     """
     total = len(buffer)
     if buffer[:2] == b"\x1f\x8b" or buffer[:3] == b"BZh" or buffer[:6] == b"\xfd7zXZ\0":
-        raise DataError(f"{shard} is compressed, so no sample in it can be found directly: decompress it to plain .tar")
-    position = 0
+        raise TarError(f"{shard} is compressed, so no sample in it can be found directly: decompress it to plain .tar")
+    position = start
     longer_name: str | None = None  # from a GNU or PAX header, for the next member
     longer_size: int | None = None
     while True:
         header = buffer[position : position + BLOCK]
         if len(header) < BLOCK:
             where = "inside a header" if header else "without its end mark"
-            raise DataError(f"{shard} is truncated: it ends {where} at byte {total}")
+            raise TarError(f"{shard} is truncated: it ends {where} at byte {total}", total)
         if header == ZEROS:
-            return
+            return position
         _verify_checksum(header, shard, position)
         kind = header[156:157]
         size = _number(header[124:136], shard, position)
-        start = position + BLOCK
+        body_start = position + BLOCK
+        following = body_start + _padded(size)
         if kind in (GNU_LONG_NAME, GNU_LONG_LINK, PAX, PAX_GLOBAL):
             if size > LARGEST_NAME:
-                raise DataError(f"{shard} has an extended header of {size} bytes at byte {position}: it is damaged")
-            _refuse_overrun(shard, "an extended header", start, size, total)
-            body = buffer[start : start + size]
+                sentence = f"{shard} has an extended header of {size} bytes at byte {position}: it is damaged"
+                raise TarError(sentence, position)
+            _refuse_overrun(shard, "an extended header", body_start, size, total)
+            body = buffer[body_start : body_start + size]
             if kind == GNU_LONG_NAME:
                 longer_name = _text(body.rstrip(b"\0"))
             elif kind == PAX:
                 records = _pax_records(body, shard, position)
                 if any(key.startswith(b"GNU.sparse") for key in records):
-                    raise DataError(f"{shard} holds a sparse file at byte {position}: only plain files are read")
+                    sentence = f"{shard} holds a sparse file at byte {position}: only plain files are read"
+                    raise TarError(sentence, position)
                 if b"path" in records:
                     longer_name = _text(records[b"path"])
                 if b"size" in records:
                     longer_size = _decimal(records[b"size"], shard, position)
-            position = start + _padded(size)
+            position = following
             continue
         name = longer_name if longer_name is not None else _name(header)
         size = longer_size if longer_size is not None else size
+        following = body_start + (_padded(size) if kind != DIRECTORY else 0)
         longer_name = longer_size = None
         if kind in REFUSED:
-            raise DataError(f"{shard} holds {REFUSED[kind]}, {name!r} at byte {position}: only plain files are read")
+            sentence = f"{shard} holds {REFUSED[kind]}, {name!r} at byte {position}: only plain files are read"
+            raise TarError(sentence, position, None if kind == SPARSE else body_start)
         reason = refusal_of_name(name)
         if reason:
-            raise DataError(f"{shard} holds {name!r} at byte {position}, which {reason}: it is refused")
-        if kind == DIRECTORY or name.endswith("/"):
-            position = start
+            sentence = f"{shard} holds {name!r} at byte {position}, which {reason}: it is refused"
+            raise TarError(sentence, position, following)
+        if kind == DIRECTORY or (kind == OLD_REGULAR and name.endswith("/")):  # so did tar before POSIX
+            position = body_start
             continue
         if kind not in REGULAR:
-            raise DataError(f"{shard} holds {name!r} of unknown type {kind!r} at byte {position}: it is refused")
-        _refuse_overrun(shard, repr(name), start, size, total)
-        yield Member(name, start, size)
-        position = start + _padded(size)
+            sentence = f"{shard} holds {name!r} of unknown type {kind!r} at byte {position}: it is refused"
+            raise TarError(sentence, position, following)
+        _refuse_overrun(shard, repr(name), body_start, size, total)
+        yield Member(name, body_start, size)
+        position = following
+
+
+def next_header(buffer: mmap.mmap | bytes, start: int) -> int | None:
+    """The byte of the first sound header from byte `start` on, to go on reading after damage; None without one."""
+    magic = buffer.find(b"ustar", start + MAGIC)
+    while magic >= 0:
+        position = magic - MAGIC
+        header = buffer[position : position + BLOCK]
+        if position % BLOCK == 0 and len(header) == BLOCK:
+            try:
+                _verify_checksum(header, "", position)
+                return position
+            except TarError:
+                pass
+        magic = buffer.find(b"ustar", magic + 1)
+    return None
 
 
 def _is_metadata(name: str) -> bool:
@@ -146,9 +181,8 @@ def _padded(size: int) -> int:
 
 def _refuse_overrun(shard: str, what: str, start: int, size: int, total: int) -> None:
     if start + size > total:
-        raise DataError(
-            f"{shard} is truncated: it ends at byte {total}, inside {what}, which takes bytes {start} to {start + size}"
-        )
+        sentence = f"{shard} is truncated: it ends at byte {total}, inside {what}, which takes bytes"
+        raise TarError(f"{sentence} {start} to {start + size}", total)
 
 
 def _verify_checksum(header: bytes, shard: str, position: int) -> None:
@@ -159,7 +193,7 @@ def _verify_checksum(header: bytes, shard: str, position: int) -> None:
         return
     signed = unsigned - 256 * sum(byte > 127 for byte in header[:148] + header[156:])
     if stored != signed:
-        raise DataError(f"{shard} is damaged: the header at byte {position} does not match its checksum")
+        raise TarError(f"{shard} is damaged: the header at byte {position} does not match its checksum", position)
 
 
 def _number(field: bytes, shard: str, position: int) -> int:
@@ -167,26 +201,25 @@ def _number(field: bytes, shard: str, position: int) -> int:
     if field[0] & 0x80:
         number = int.from_bytes(field, "big", signed=False) - (0x80 << 8 * (len(field) - 1))
         if field[0] == 0xFF:
-            raise DataError(f"{shard} is damaged: a negative number in the header at byte {position}")
+            raise TarError(f"{shard} is damaged: a negative number in the header at byte {position}", position)
         return number
     digits = field.split(b"\0", 1)[0].strip()
-    try:
-        return int(digits or b"0", 8)
-    except ValueError as error:
-        raise DataError(
-            f"{shard} is damaged or no tar at all: the header at byte {position} has {digits!r} for a number"
-        ) from error
+    if digits.strip(b"01234567"):  # int() would also take a sign, which could send a reader round in circles
+        sentence = f"{shard} is damaged or no tar at all: the header at byte {position} has {digits!r} for a number"
+        raise TarError(sentence, position)
+    return int(digits or b"0", 8)
 
 
 def _decimal(digits: bytes, shard: str, position: int) -> int:
-    if not digits.isdigit():
-        raise DataError(f"{shard} is damaged: the extended header at byte {position} has {digits!r} for a size")
+    if not digits.isdigit() or len(digits) > LONGEST_NUMBER:
+        sentence = f"{shard} is damaged: the extended header at byte {position} has {digits[:40]!r} for a size"
+        raise TarError(sentence, position)
     return int(digits)
 
 
 def _name(header: bytes) -> str:
     name = header[:100].split(b"\0", 1)[0]
-    if header[257:263] == b"ustar\0":  # POSIX; in GNU archives these bytes hold other things
+    if header[MAGIC : MAGIC + 6] == b"ustar\0":  # POSIX; in GNU archives these bytes hold other things
         prefix = header[345:500].split(b"\0", 1)[0]
         if prefix:
             name = prefix + b"/" + name
@@ -201,11 +234,12 @@ def _text(name: bytes) -> str:
 def _pax_records(body: bytes, shard: str, position: int) -> dict[bytes, bytes]:
     """The "LENGTH KEY=VALUE\\n" records of a PAX header."""
     records = {}
-    while body.strip(b"\0"):
-        length, blank, _ = body.partition(b" ")
-        if not blank or not length.isdigit() or not len(length) + 3 < int(length) <= len(body):
-            raise DataError(f"{shard} is damaged: the extended header at byte {position} cannot be read")
-        key, _, value = body[len(length) + 1 : int(length) - 1].partition(b"=")
+    start, end = 0, len(body.rstrip(b"\0"))
+    while start < end:
+        length, blank, _ = body[start : start + LONGEST_NUMBER + 1].partition(b" ")
+        if not blank or not length.isdigit() or not len(length) + 3 < int(length) <= len(body) - start:
+            raise TarError(f"{shard} is damaged: the extended header at byte {position} cannot be read", position)
+        key, _, value = body[start + len(length) + 1 : start + int(length) - 1].partition(b"=")
         records[key] = value
-        body = body[int(length) :]
+        start += int(length)
     return records

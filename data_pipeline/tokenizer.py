@@ -128,6 +128,10 @@ class Tokenizer:
             return np.zeros((0, context), dtype=np.int32)
         return np.stack([self.encode(text, context) for text in texts])
 
+    def length(self, text: str) -> int:
+        """How many ids a text takes before any is cut, BOS and EOS included."""
+        return len(self._bpe.encode(_well_formed(text)).ids) + 2
+
     def decode(self, ids: Iterable[int]) -> str:
         """Token ids -> text, markers left out; a character cut in half by truncation becomes U+FFFD."""
         return self._bpe.decode([int(token) for token in ids if token >= len(MARKERS)])

@@ -124,7 +124,7 @@ def import_tuxpaint_command(
     test_share: TestShare = 0.2,
     seed: Seed = 0,
     package: Annotated[
-        Path | None, typer.Option(help="tuxpaint-stamps-default .deb or unpacked folder; default: downloaded.")
+        Path | None, typer.Option(help="The .deb of tuxpaint-stamps-default; default: downloaded.")
     ] = None,
     sound: Sound = True,
     processes: Processes = None,
@@ -243,10 +243,10 @@ def order(
         head = {"path": str(path), "fingerprint": dataset.fingerprint, "samples": len(dataset)}
         print_json({**head, "seed": seed, "shuffle": shuffle, "rows": rows})
         return
-    table = Table(*rows[0], box=None)
-    for row in rows:
-        table.add_row(*(escape(str(value)) for value in row.values()))
-    Console().print(table)
+    lines = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:  # no rich table: it would cut long keys to the width of the terminal
+        print("  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip())
 
 
 def datasets_in(path: Path) -> list[Path]:

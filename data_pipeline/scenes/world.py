@@ -27,7 +27,9 @@ SIZES = ("small", "large")
 RELATIONS = ("left of", "above", "inside")
 
 # One shape for each colour, never the one that comes to mind first (a red heart, a yellow star, a white moon).
-HELD_OUT = frozenset(zip(COLOURS, ("star", "cross", "heart", "circle", "moon", "triangle", "square", "ring"), strict=True))
+HELD_OUT = frozenset(
+    zip(COLOURS, ("star", "cross", "heart", "circle", "moon", "triangle", "square", "ring"), strict=True)
+)
 LABELS = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
 HOLDERS = ("circle", "square", "ring", "heart", "triangle")  # shapes with room for another one inside
 
@@ -105,11 +107,15 @@ def held_out_scenes(seed: int, count: int) -> tuple[Scene, ...]:
         if len(chosen) == count:
             return tuple(chosen)
         if tries_in_vain > 10_000:
-            raise ValueError(f"{count} test scenes were asked for, but after {len(chosen)} no new one was found: ask for fewer")
+            raise ValueError(
+                f"{count} test scenes were asked for, but after {len(chosen)} no new one was found: ask for fewer"
+            )
         found = scene(seed, index, held_out=True)
         members = frozenset(found.kinds)
         lone = len(members) == 1
-        known = members in wholes or (members <= parts if lone else any(frozenset((kind,)) in wholes for kind in members))
+        known = members in wholes or (
+            members <= parts if lone else any(frozenset((kind,)) in wholes for kind in members)
+        )
         tries_in_vain = tries_in_vain + 1 if known else 0
         if not known:
             chosen.append(found)
@@ -126,10 +132,23 @@ def is_told_by(picture: Scene, description: Scene) -> bool:
     return picture == description
 
 
+def is_possible(kind: Kind, place: int, relation: str | None) -> bool:
+    """Whether a scene of this relation may hold this kind at this place (0 or 1)."""
+    inside = relation == "inside"
+    if kind.count > _most(kind.size, relation is None, inside):
+        return False
+    return not inside or (kind.size == SIZES[place] and (place == 0 or kind.shape in HOLDERS))
+
+
+def _most(size: str, alone: bool, inside: bool) -> int:
+    """How many things of this size a kind may have."""
+    return 1 if inside else (_MOST_ALONE if alone else _MOST_BESIDE)[size]
+
+
 def _kind(dice: Dice, place: int, alone: bool, inside: bool, rare: bool) -> Kind:
     """A random kind for this place (0 or 1) in the scene; `rare` asks for a held-out colour and shape."""
     size = SIZES[place] if inside else dice.pick(SIZES)
-    most = 1 if inside else (_MOST_ALONE if alone else _MOST_BESIDE)[size]
+    most = _most(size, alone, inside)
     shapes = HOLDERS if inside and place == 1 else SHAPES
     colour = dice.pick(COLOURS)
     shape = dice.pick(shapes)

@@ -35,6 +35,7 @@ class Ranks:
     dp_group: dist.ProcessGroup
     tp_group: dist.ProcessGroup
     control_group: dist.ProcessGroup  # gloo, all ranks
+    made_world: bool  # whether `stop_ranks` is to leave the default group too
 
     @property
     def is_first(self) -> bool:
@@ -62,17 +63,17 @@ def start_ranks(layout: Layout, device: torch.device) -> Ranks:
         enable_cpu()
     else:
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
+    made_world = not dist.is_initialized()
+    if made_world:
         backend = "gloo" if on_cpu else "nccl"
         if layout.world == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
         else:
             dist.init_process_group(backend, timeout=TIMEOUT)
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
-    if not parallel_state.model_parallel_is_initialized():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            parallel_state.initialize_model_parallel(tensor_model_parallel_size=layout.tp)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=layout.tp)
     return Ranks(
         rank=dist.get_rank(),
         world=dist.get_world_size(),
@@ -84,15 +85,32 @@ def start_ranks(layout: Layout, device: torch.device) -> Ranks:
         dp_group=parallel_state.get_data_parallel_group(),
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         control_group=dist.new_group(backend="gloo", timeout=TIMEOUT),
+        made_world=made_world,
     )
 
 
-def stop_ranks() -> None:
-    """Leave all groups."""
+def start_alone(device: torch.device) -> Ranks:
+    """The groups of a single process that only runs a model; Megatron-core's layers ask for them when they are built.
+
+    Raises RuntimeError inside a job of several ranks.
+    """
+    from megatron.core import parallel_state
+
+    if world_size() > 1:
+        raise RuntimeError(f"a model by itself runs on one process, and this one is of {world_size()} ranks")
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    return start_ranks(Layout(world=1, dp=1, tp=1, zero=0, share=1, micro_batch=1), device)
+
+
+def stop_ranks(ranks: Ranks) -> None:
+    """Leave the groups of the layout, and the default group if `start_ranks` made it."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
+    dist.destroy_process_group(ranks.control_group)
+    if ranks.made_world:
+        dist.destroy_process_group()
 
 
 class DeepSpeedGroups:

@@ -1,0 +1,289 @@
+"""How fast the loader is, against plain `webdataset` and against the decoding that nobody can leave out.
+
+Four ways to make the same batches of size x size RGB images from the same temporary shards:
+
+    weft                       our Loader: uint8 out
+    webdataset                 webdataset + PIL + float arithmetic in the workers, the pipeline most people write
+    webdataset_fast_decoder    webdataset with our decoder and resize, uint8 out: what is left is the loader itself
+    decode_alone               decode and resize in a bare loop over bytes in memory: the floor
+
+Design choices:
+- The number to trust is samples per CPU-second, this process and all its workers, from their start to their end: it
+  stands (nearly) still when somebody else is on the machine, which samples per wall second do not.
+- Every way runs `workers` processes at once, the bare loop too: two busy threads of one core are slower than one.
+- The ways take turns, round after round, the first round being warm-up, so that a change of the machine meets all.
+- The consumer drops each batch. A real one copies it to a device, and uint8 is a quarter of float there too, so this
+  flatters the float pipeline.
+- The images are noise with the 1/f^a amplitude spectrum of photographs, a = 1.2 to 1.6 (Field 1987, "Relations between
+  the statistics of natural images"), as JPEG of quality 90 with half-resolution colour: about 70 kB at 512 x 384.
+"""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import simplejpeg
+import torch
+import webdataset
+from PIL import Image
+from torch.nn.functional import interpolate
+from torch.utils.data import DataLoader
+
+from data_pipeline.loader import BatchMaker, Loader
+from data_pipeline.order import Order
+from data_pipeline.reader import open_dataset
+from data_pipeline.sample import Sample
+from data_pipeline.shards import write_shards
+from data_pipeline.transforms import ImageTransform
+
+SAMPLES = 2048  # at least this many a measurement, so that starting workers does not weigh
+QUALITY = 90
+CONTRAST, COLOUR = 50.0, 0.25  # standard deviation of the brightness, in grey levels, and of a colour difference to it
+
+# CLIP's per-channel mean and standard deviation (Radford et al. 2021, github.com/openai/CLIP)
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
+STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Medians over the repeats."""
+
+    samples_per_cpu_second: float  # CPU time of this process and its workers
+    samples_per_second: float
+    first_batch_seconds: float | None  # None for the bare loop, which makes no batches
+
+
+@dataclass(frozen=True)
+class LoaderBench:
+    """What was measured, and on what."""
+
+    images: int
+    width: int
+    height: int
+    mean_bytes: float  # of a JPEG
+    size: int
+    batch: int
+    workers: int
+    repeats: int
+    seed: int
+    samples: int  # a measurement
+    weft: Speed
+    webdataset: Speed
+    webdataset_fast_decoder: Speed
+    decode_alone: Speed
+
+    @property
+    def times_webdataset(self) -> float:
+        """Our samples per CPU-second over those of webdataset with PIL."""
+        return self.weft.samples_per_cpu_second / self.webdataset.samples_per_cpu_second
+
+    @property
+    def times_webdataset_fast_decoder(self) -> float:
+        """Our samples per CPU-second over those of webdataset with our decoder."""
+        return self.weft.samples_per_cpu_second / self.webdataset_fast_decoder.samples_per_cpu_second
+
+    @property
+    def overhead(self) -> float:
+        """CPU time a sample beyond decoding and resizing, as a part of those: 0.1 is 10% more."""
+        return self.decode_alone.samples_per_cpu_second / self.weft.samples_per_cpu_second - 1
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, ratios included, in JSON's types."""
+        return {
+            **asdict(self),
+            "times_webdataset": self.times_webdataset,
+            "times_webdataset_fast_decoder": self.times_webdataset_fast_decoder,
+            "overhead": self.overhead,
+        }
+
+
+def bench_loader(
+    *,
+    images: int = 512,
+    width: int = 512,
+    height: int = 384,
+    size: int = 224,
+    batch: int = 64,
+    workers: int = 2,
+    repeats: int = 3,
+    seed: int = 0,
+) -> LoaderBench:
+    """Make `images` JPEGs of width x height in a temporary folder and measure the four ways on them.
+
+    Raises ValueError when a number makes no sense; the data set must hold a batch for every worker.
+    """
+    smallest = {"images": images, "width": width, "height": height, "size": size, "batch": batch, "repeats": repeats}
+    for name, value in smallest.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}: give 1 or more")
+    processes = max(1, workers)
+    if workers < 0 or images < processes * batch:
+        raise ValueError(
+            f"{images} images are no batch of {batch} for each of {workers} workers: "
+            f"give {processes * batch} or more, and 0 or more workers"
+        )
+    steps = max(1, round(SAMPLES / (batch * processes))) * processes  # each worker makes as many batches
+    with tempfile.TemporaryDirectory(prefix="weft-bench-") as name:
+        folder = Path(name) / "shards"
+        make = partial(_photograph, seed=seed, width=width, height=height)
+        write_shards(images, make, folder, samples_per_shard=images // processes)
+        dataset = open_dataset(folder)
+        jpegs = [dataset.read(number).fields["jpg"] for number in range(images)]
+        urls = [str(folder / shard.file) for shard in dataset.index.shards[:processes]]
+        maker = BatchMaker(dataset, ImageTransform(size), None, seed=seed, training=True)
+        order = Order(images, seed)
+        ways: dict[str, Callable[[], Iterable[Any]]] = {
+            "weft": lambda: Loader(maker, order, global_batch=batch, workers=workers, stop_step=steps),
+            "webdataset": lambda: _webdataset(urls, partial(_naive, size=size), batch, steps, workers),
+            "webdataset_fast_decoder": lambda: _webdataset(urls, partial(_fast, size=size), batch, steps, workers),
+            "decode_alone": lambda: _decode_alone(jpegs, size, batch, steps, workers),
+        }
+        rounds: dict[str, list[Speed]] = {way: [] for way in ways}
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as in a worker, where this process does the work itself
+        try:
+            for number in range(repeats + 1):
+                for way, batches in ways.items():
+                    speed = _measure(batches, steps, batch)
+                    if number:
+                        rounds[way].append(speed)
+        finally:
+            torch.set_num_threads(threads)
+    return LoaderBench(
+        images=images,
+        width=width,
+        height=height,
+        mean_bytes=sum(map(len, jpegs)) / images,
+        size=size,
+        batch=batch,
+        workers=workers,
+        repeats=repeats,
+        seed=seed,
+        samples=steps * batch,
+        **{way: _median(speeds) for way, speeds in rounds.items()},
+    )
+
+
+def _measure(batches: Callable[[], Iterable[Any]], steps: int, batch: int) -> Speed:
+    """Run one way from the start of its workers to their end."""
+    started, cpu = time.perf_counter(), _cpu_seconds()
+    first = None
+    counted = 0
+    for made in batches():
+        if first is None and made is not None:
+            first = time.perf_counter() - started
+        counted += 1
+    seconds, cpu = time.perf_counter() - started, _cpu_seconds() - cpu
+    if counted != steps:
+        raise RuntimeError(f"{counted} batches came instead of {steps}: what was measured is not what was asked for")
+    return Speed(steps * batch / cpu, steps * batch / seconds, first)
+
+
+def _median(speeds: list[Speed]) -> Speed:
+    firsts = [speed.first_batch_seconds for speed in speeds if speed.first_batch_seconds is not None]
+    return Speed(
+        median(speed.samples_per_cpu_second for speed in speeds),
+        median(speed.samples_per_second for speed in speeds),
+        median(firsts) if firsts else None,
+    )
+
+
+def _cpu_seconds() -> float:
+    """CPU time of this process and of its children that have ended."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def _webdataset(
+    urls: list[str], make: Callable[[bytes], torch.Tensor], batch: int, steps: int, workers: int
+) -> DataLoader:
+    """`steps` batches of webdataset's own loading, in its order: shards split over the workers, samples in a row."""
+    pipeline = webdataset.DataPipeline(
+        webdataset.SimpleShardList(urls),
+        webdataset.split_by_worker,
+        webdataset.tarfile_to_samples(),
+        webdataset.to_tuple("jpg"),
+        webdataset.map_tuple(make),
+        webdataset.batched(batch, partial=False, collation_fn=_stack),
+    )
+    pipeline = pipeline.repeat().with_epoch(steps // max(1, workers))
+    return DataLoader(pipeline, batch_size=None, num_workers=workers, prefetch_factor=2 if workers else None)
+
+
+def _stack(samples: list[tuple[torch.Tensor]]) -> torch.Tensor:
+    return torch.stack([image for (image,) in samples])
+
+
+def _naive(jpeg: bytes, size: int) -> torch.Tensor:
+    """float32 [3, size, size]: short side to `size` by antialiased bicubic, centre square, normalised."""
+    image = Image.open(io.BytesIO(jpeg)).convert("RGB")
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    pixels_HWC = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32) / 255
+    pixels_HWC = (pixels_HWC - MEAN) / STD
+    return torch.from_numpy(pixels_HWC).permute(2, 0, 1).contiguous()
+
+
+def _fast(jpeg: bytes, size: int) -> torch.Tensor:
+    """uint8 [size, size, 3]: what our decoder and transform come down to, without their checks."""
+    image_1HWC = torch.from_numpy(simplejpeg.decode_jpeg(jpeg, colorspace="RGB"))[None]
+    height, width = image_1HWC.shape[1:3]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    crop_1CHW = image_1HWC[:, top : top + side, left : left + side].permute(0, 3, 1, 2)
+    return interpolate(crop_1CHW, (size, size), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+
+
+def _decode_alone(jpegs: list[bytes], size: int, batch: int, steps: int, workers: int) -> Iterator[None]:
+    """The floor, in `workers` processes at once; yields None for every batch's worth when all is done."""
+    if workers:
+        context = multiprocessing.get_context("fork")
+        share = steps // workers * batch
+        shares = [range(worker * share, (worker + 1) * share) for worker in range(workers)]
+        running = [context.Process(target=_decode, args=(jpegs, size, part)) for part in shares]
+        for process in running:
+            process.start()
+        for process in running:
+            process.join()
+            if process.exitcode:
+                raise RuntimeError(f"a process of the bare loop ended with exit code {process.exitcode}")
+    else:
+        _decode(jpegs, size, range(steps * batch))
+    yield from [None] * steps
+
+
+def _decode(jpegs: list[bytes], size: int, numbers: range) -> None:
+    for number in numbers:
+        _fast(jpegs[number % len(jpegs)], size)
+
+
+def _photograph(number: int, seed: int, width: int, height: int) -> Sample:
+    """A JPEG with the spectrum of a photograph, as a sample."""
+    generator = np.random.default_rng([seed, number])
+    frequencies = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    frequencies[0, 0] = 1 / max(width, height)
+    amplitude = (frequencies ** -generator.uniform(1.2, 1.6)).astype(np.float32)
+    parts = generator.standard_normal((2, 3, *amplitude.shape), dtype=np.float32)
+    planes = np.fft.irfft2((parts[0] + 1j * parts[1]) * amplitude, s=(height, width))
+    planes *= CONTRAST / np.maximum(planes.std(axis=(1, 2), keepdims=True), 1e-6)
+    brightness, blue, red = planes[0], planes[1] * COLOUR, planes[2] * COLOUR
+    # YCbCr to RGB: ITU-T T.871 section 7
+    image_HWC = np.stack(
+        [brightness + 1.402 * red, brightness - 0.344136 * blue - 0.714136 * red, brightness + 1.772 * blue], axis=-1
+    )
+    pixels = np.clip(np.rint(image_HWC + 128), 0, 255).astype(np.uint8)
+    jpeg = simplejpeg.encode_jpeg(pixels, QUALITY, colorspace="RGB", colorsubsampling="420")
+    return Sample(f"{number:06d}", {"jpg": jpeg, "txt": b"noise like a photograph"})

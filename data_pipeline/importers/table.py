@@ -1,0 +1,264 @@
+"""A table of images and captions: CSV, TSV or Parquet, one row a caption.
+
+Design choices:
+- Columns are found by their usual names, unless they are given.
+- An image is a path relative to the table, or the bytes themselves: Parquet binary, or the {bytes, path} that Hugging
+  Face data sets are written with. A URL is skipped: what is fetched while it is imported is another data set each time.
+- A path must lie in the table's folder. A table comes from somebody else, and with "../" or an absolute path it could
+  pack any image of this machine into a data set that is handed on.
+  Links inside the folder are followed: whoever keeps the folder put them there.
+- Rows with the same image are one sample with several captions.
+- Parquet is read a row group at a time: captions first, image bytes when they are written.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data_pipeline.errors import DataError
+from data_pipeline.importers.image import image_field
+from data_pipeline.importers.split import Candidate, Imported, refuse_existing, write_split
+from data_pipeline.sample import Skipped
+from data_pipeline.shards import Progress
+
+CSV_EXTENSIONS, PARQUET_EXTENSIONS = (".csv", ".tsv", ".txt"), (".parquet", ".pq")
+DELIMITERS = ",\t;|"
+LONGEST_VALUE = 1 << 24  # characters; the csv module's own limit is 131072, which is less than some alt texts
+IMAGE_COLUMNS = (
+    *("image", "image_path", "imagepath", "image_file", "image_name", "filepath", "file_path", "path", "filename"),
+    *("file_name", "file", "img", "img_path", "picture", "photo", "jpg", "png", "webp", "image_url", "url"),
+)
+CAPTION_COLUMNS = (
+    *("caption", "captions", "text", "texts", "title", "description", "sentence", "sentences", "comment", "alt"),
+    *("alt_text", "txt", "prompt", "label"),
+)
+NO_IMAGE, NO_CAPTION, NO_FILE = "has no image", "has no caption", "the image file is missing"
+
+
+def import_table(
+    source: Path,
+    out: Path,
+    *,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    test_share: float = 0.1,
+    seed: int = 0,
+    processes: int | None = None,
+    progress: Progress | None = None,
+) -> Imported:
+    """Write the rows of the table `source` into out/train and out/test.
+
+    Raises FileNotFoundError when there is no such table, ValueError when it is of no known kind, has no such columns,
+    needs pyarrow which is not installed, or `out` holds a data set; DataError when the table is damaged or no row can
+    be used.
+    """
+    refuse_existing(out)
+    if not source.is_file():
+        raise FileNotFoundError(f"there is no table {source}: give a CSV, TSV or Parquet file")
+    extension = source.suffix.lower()
+    if extension in PARQUET_EXTENSIONS:
+        rows = _parquet_rows(source, image_column, caption_column)
+    elif extension in CSV_EXTENSIONS:
+        rows = _csv_rows(source, image_column, caption_column)
+    else:
+        known = ", ".join(CSV_EXTENSIONS + PARQUET_EXTENSIONS)
+        raise ValueError(f"{source} is no table by its name: give one that ends in {known}")
+    candidates, skipped = _gather(rows, source)
+    return write_split(
+        out,
+        candidates,
+        read_place,
+        skipped=skipped,
+        test_share=test_share,
+        seed=seed,
+        processes=processes,
+        progress=progress,
+    )
+
+
+class Cell(NamedTuple):
+    """Where image bytes lie in a Parquet file; `row` counts in its row group."""
+
+    table: Path
+    column: str
+    group: int
+    row: int
+
+
+class Row(NamedTuple):
+    """One row: how to name it, its image (a path as it was written, bytes in the table, or none), its captions."""
+
+    name: str
+    image: str | Cell | None
+    captions: tuple[str, ...]
+
+
+def read_place(candidate: Candidate) -> dict[str, bytes]:
+    """The image of a candidate, from its file or its cell."""
+    place: Path | Cell = candidate.place
+    if isinstance(place, Path):
+        return image_field(place.read_bytes())
+    return image_field(_read_cell(place))
+
+
+def find_column(columns: list[str], wanted: str | None, usual: tuple[str, ...], what: str, table: Path) -> str:
+    """The column `wanted`, or the first of the `usual` names that is there, in any case.
+
+    Raises ValueError that lists the columns there are.
+    """
+    there_are = f"{table} has the columns {', '.join(map(repr, columns)) or 'of an empty file'}"
+    if wanted is not None:
+        if wanted not in columns:
+            raise ValueError(f"{there_are}, and no {what} column {wanted!r}")
+        return wanted
+    by_name = {column.strip().lower(): column for column in reversed(columns)}
+    for name in usual:
+        if name in by_name:
+            return by_name[name]
+    raise ValueError(f"{there_are}, and none is called as {what} columns are ({', '.join(usual[:4])}, ...): name it")
+
+
+def locate(written: str, folder: Path) -> tuple[Path | None, str]:
+    """(the file that a table in `folder` means, "") or (None, why it is refused)."""
+    if "://" in written[:12]:
+        return None, "is a URL, and nothing is downloaded"
+    if "\0" in written:
+        return None, "is no path"
+    base = folder.absolute()
+    path = Path(os.path.normpath(base / written))  # as text: "a/../b" is b, links are not asked
+    if not path.is_relative_to(os.path.normpath(base)):
+        return None, "lies outside the table's folder, and a table must not reach for other files of this machine"
+    return path, ""
+
+
+def _gather(rows: Iterator[Row], source: Path) -> tuple[list[Candidate], list[Skipped]]:
+    """Candidates in order of first appearance, captions of one file together; and the rows left out."""
+    places: dict[Path | Cell, tuple[str, Path | Cell, list[str]]] = {}
+    skipped = []
+    for row in rows:
+        reason = ""
+        place: Path | Cell | None = None
+        if not row.image:
+            reason = NO_IMAGE
+        elif not row.captions:
+            reason = NO_CAPTION
+        elif isinstance(row.image, Cell):
+            place = row.image
+        else:
+            place, reason = locate(row.image, source.parent)
+            if place is not None and not os.path.isfile(place):
+                reason = NO_FILE
+        if reason or place is None:
+            skipped.append(Skipped(row.name, reason))
+            continue
+        name = row.name if isinstance(place, Cell) else os.path.relpath(place, source.parent)
+        places.setdefault(place, (name, place, []))[2].extend(row.captions)
+    if not places:
+        why = f"; the first, {skipped[0].source}: {skipped[0].reason}" if skipped else ""
+        raise DataError(f"no row of {source} can be used, of {len(skipped)}{why}")
+    candidates = [Candidate(name, tuple(dict.fromkeys(captions)), place) for name, place, captions in places.values()]
+    return candidates, skipped
+
+
+def _csv_rows(table: Path, image_column: str | None, caption_column: str | None) -> Iterator[Row]:
+    """The rows of a CSV, whatever of DELIMITERS its header is divided by."""
+    csv.field_size_limit(LONGEST_VALUE)
+    number = 0
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            header = file.readline()
+            delimiter = max(DELIMITERS, key=lambda delimiter: len(next(csv.reader([header], delimiter=delimiter), [])))
+            file.seek(0)
+            reader = csv.DictReader(file, delimiter=delimiter)
+            columns = list(reader.fieldnames or ())
+            image = find_column(columns, image_column, IMAGE_COLUMNS, "image", table)
+            caption = find_column(columns, caption_column, CAPTION_COLUMNS, "caption", table)
+            for number, row in enumerate(reader, start=1):
+                path = (row[image] or "").strip()
+                yield Row(path or f"row {number}", path, _captions(row[caption]))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{table} is not UTF-8 ({error}): save it as UTF-8") from error
+    except csv.Error as error:
+        raise DataError(f"{table} is damaged after row {number}: {error}") from error
+
+
+def _parquet_rows(table: Path, image_column: str | None, caption_column: str | None) -> Iterator[Row]:
+    """The rows of a Parquet file; a column of image bytes is not read for it."""
+    arrow, parquet = _pyarrow(table)
+    try:
+        file = parquet.ParquetFile(table)
+        schema = file.schema_arrow
+        image = find_column(list(schema.names), image_column, IMAGE_COLUMNS, "image", table)
+        caption = find_column(list(schema.names), caption_column, CAPTION_COLUMNS, "caption", table)
+        has_bytes = _holds_bytes(arrow, schema.field(image).type, image, table)
+        number = 0
+        for group in range(file.num_row_groups):
+            captions = file.read_row_group(group, [caption], use_threads=False).column(0)
+            paths = None if has_bytes else file.read_row_group(group, [image], use_threads=False).column(0)
+            for row in range(len(captions)):
+                number += 1
+                path = paths[row].as_py() if paths is not None else None
+                source = Cell(table.absolute(), image, group, row) if has_bytes else path
+                yield Row(path or f"row {number}", source, _captions(captions[row].as_py()))
+    except (arrow.ArrowException, OSError) as error:
+        raise DataError(f"{table} is damaged: {error}") from error
+
+
+def _holds_bytes(arrow: Any, kind: Any, column: str, table: Path) -> bool:
+    """Whether an Arrow type is that of images and not of their paths; ValueError when it is neither."""
+    types = arrow.types
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        return True
+    if types.is_binary(kind) or types.is_large_binary(kind):
+        return True
+    if types.is_string(kind) or types.is_large_string(kind):
+        return False
+    raise ValueError(
+        f"the image column {column!r} of {table} holds {kind}: it must hold paths, bytes or {{bytes, path}}"
+    )
+
+
+def _read_cell(cell: Cell) -> bytes:
+    """The image bytes in a cell, or in the file that it names instead; DataError when there are none."""
+    value = _column_of_group(cell.table, cell.column, cell.group)[cell.row].as_py()
+    path = None
+    if isinstance(value, dict):
+        value, path = value["bytes"], value.get("path")
+    if value:
+        return bytes(value)
+    if not path:
+        raise DataError(NO_IMAGE)
+    file, reason = locate(path, cell.table.parent)
+    if file is None:
+        raise DataError(reason)
+    return file.read_bytes()
+
+
+@lru_cache(maxsize=1)
+def _column_of_group(table: Path, column: str, group: int) -> Any:
+    """One column of one row group: samples are written in order, so the last one is most likely the next one."""
+    _, parquet = _pyarrow(table)
+    return parquet.ParquetFile(table).read_row_group(group, [column], use_threads=False).column(0)
+
+
+def _pyarrow(table: Path) -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ValueError(
+            f"reading {table} needs pyarrow, which is not installed: pip install 'weft[parquet]'"
+        ) from error
+    return pyarrow, parquet
+
+
+def _captions(value: Any) -> tuple[str, ...]:
+    """The captions in a cell: a text, or (Parquet) a list of them."""
+    texts = value if isinstance(value, list) else [value]
+    return tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())

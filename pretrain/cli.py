@@ -1,0 +1,228 @@
+"""The `weft` command: parse, call one function of the house, print its result.
+
+Exit codes: 0 it holds, 1 the thing asked about is bad, 2 the request is wrong. A user's mistake gets one sentence on
+stderr and never a traceback. Heavy libraries are imported inside the commands, so that `weft --help` is quick.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from pretrain.data_commands import data
+from pretrain.errors import RequestError, WeftError
+
+weft = typer.Typer(
+    name="weft",
+    help="Train multimodal transformers from sharded data, on a laptop or a cluster.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+checkpoints = typer.Typer(help="Look into checkpoints.", no_args_is_help=True, pretty_exceptions_enable=False)
+bench = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True, pretty_exceptions_enable=False)
+weft.add_typer(data, name="data")
+weft.add_typer(checkpoints, name="checkpoint")
+weft.add_typer(bench, name="bench")
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A built-in recipe, or a YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe, such as train.lr=1e-3.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
+
+
+@weft.command()
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Ranks to start on this machine.")] = 1,
+) -> None:
+    """Train a recipe: from where its run folder stands, or from the beginning."""
+    from pretrain.config import load_recipe
+    from pretrain.preflight import check
+
+    resolved = load_recipe(recipe, overrides or [])
+    arguments = ["train", recipe, *(overrides or [])]
+    under_launcher = "TORCHELASTIC_RUN_ID" in os.environ or "WORLD_SIZE" in os.environ
+    if nproc > 1 and not under_launcher:
+        from pretrain.launch import launch
+
+        check(resolved, nproc)  # one sentence here instead of one from each rank
+        raise typer.Exit(launch([*arguments, "--nproc", str(nproc)], nproc))
+    from pretrain.train import train as run
+
+    raise typer.Exit(run(resolved, shlex.join(["weft", *arguments, *(["--nproc", str(nproc)] if nproc > 1 else [])])))
+
+
+@weft.command()
+def config(recipe: RecipeName, overrides: Overrides = None, json_: Json = False) -> None:
+    """Print the resolved recipe: each key with its value, type and meaning."""
+    from pretrain.config import keys_of, load_recipe
+
+    resolved = load_recipe(recipe, overrides or [])
+    tree = resolved.model_dump(mode="json")
+    if json_:
+        print(json.dumps(tree))
+        return
+    table = Table("key", "value", "default", "type", "meaning", box=None, header_style="bold", pad_edge=False)
+    for key, field in keys_of(type(resolved)):
+        value: Any = tree
+        for part in key.split("."):
+            value = value[part]
+        if isinstance(value, dict):
+            continue
+        default = "required" if field.is_required() else _short(field.get_default(call_default_factory=True))
+        kind = getattr(field.annotation, "__name__", None) or str(field.annotation).replace("typing.", "")
+        if not isinstance(field.annotation, type):
+            kind = str(field.annotation).replace("typing.", "").replace("pathlib.", "")
+        table.add_row(*(escape(text) for text in (key, _short(value), default, kind, field.description or "")))
+    Console(width=max(160, Console().width)).print(table)
+
+
+@weft.command("eval")
+def evaluate(
+    path: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run folder, or a checkpoint.")],
+    data_path: Annotated[Path | None, typer.Option("--data", help="Shards; default: the recipe's data.test.")] = None,
+    task: Annotated[str, typer.Option(help="retrieval, zero_shot or all.")] = "all",
+    samples: Annotated[int | None, typer.Option(min=2, help="The first samples only; default: the recipe's.")] = None,
+    json_: Json = False,
+) -> None:
+    """Score a checkpoint: retrieval both ways, zero-shot classification."""
+    from pretrain.evaluation.standalone import TASKS, evaluate_checkpoint
+    from pretrain.train import summary
+
+    if task not in TASKS:
+        raise RequestError(f"--task is {task!r}: use one of {', '.join(TASKS)}")
+    result = evaluate_checkpoint(path, data_path, task, samples)
+    print(json.dumps(result) if json_ else summary(result["scores"]))
+
+
+@weft.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write; default: RUN/report.html.")] = None,
+    json_: Json = False,
+) -> None:
+    """Write one self-contained HTML page about a run."""
+    from pretrain.report import write_report
+
+    written = write_report(run, out or run / "report.html")
+    print(json.dumps({"report": str(written)}) if json_ else f"report: {written}")
+
+
+@checkpoints.command()
+def show(path: Annotated[Path, typer.Argument(help="A checkpoint, or a run folder.")], json_: Json = False) -> None:
+    """What a checkpoint holds."""
+    from pretrain.checkpoint.format import describe
+
+    found = describe(path)
+    if json_:
+        print(
+            json.dumps(
+                {
+                    "path": str(found.path),
+                    "step": found.step,
+                    "samples": found.samples,
+                    "parameters": found.parameters,
+                    "parameter_count": found.parameter_count,
+                    "data_fingerprint": found.data_fingerprint,
+                    "files": found.files,
+                    "recipe": found.recipe,
+                }
+            )
+        )
+        return
+    print(f"{found.path}: step {found.step}, {found.samples} samples, {found.parameter_count / 1e6:.2f} M parameters")
+    for name, shape in found.parameters.items():
+        print(f"  {name}  {'x'.join(map(str, shape))}")
+
+
+@checkpoints.command("verify")
+def verify_checkpoint(
+    path: Annotated[Path, typer.Argument(help="A checkpoint, or a run folder.")], json_: Json = False
+) -> None:
+    """Read every byte and compare checksums; exit 1 when one is wrong."""
+    from pretrain.checkpoint.format import describe, verify
+
+    found = describe(path)
+    problems = verify(found)
+    if json_:
+        print(json.dumps({"path": str(found.path), "ok": not problems, "problems": problems}))
+    else:
+        print("\n".join(problems) or f"{found.path} is whole: {len(found.files)} files")
+    raise typer.Exit(1 if problems else 0)
+
+
+@bench.command("data")
+def bench_data(json_: Json = False) -> None:
+    """The loader against plain webdataset with PIL, in one run on the same shards."""
+    from data_pipeline.bench import bench_loader
+
+    result = bench_loader()
+    print(json.dumps(result.as_dict()) if json_ else str(result))
+
+
+@bench.command("step")
+def bench_step(json_: Json = False) -> None:
+    """The training step against the same model in plain torch with SDPA and DDP, in one run."""
+    from pretrain.bench import bench_training_step
+
+    result = bench_training_step()
+    print(json.dumps(result.as_dict()) if json_ else str(result))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command line; returns the exit code. A user's mistake is one sentence on stderr."""
+    try:
+        code = weft(arguments, standalone_mode=False)
+        return int(code or 0)
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("interrupted", 130)
+    except WeftError as error:
+        return _fail(str(error), error.exit_code)
+    except FileNotFoundError as error:
+        return _fail(_sentence(error), 2)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return _fail(f"the disk is full: {_sentence(error)}" if full else _sentence(error), 1)
+    except ValueError as error:
+        from data_pipeline.errors import DataError
+
+        return _fail(str(error), 1 if isinstance(error, DataError) else 2)
+
+
+def _fail(sentence: str, code: int) -> int:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"weft: {sentence}", file=sys.stderr)
+    return code
+
+
+def _sentence(error: OSError) -> str:
+    """Our own sentence where there is one, else what the system says of which file."""
+    if error.filename is not None:
+        return f"{error.filename}: {(error.strerror or str(error)).lower()}"
+    return str(error.args[-1]) if error.args else str(error)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, default=lambda each: getattr(each, "model_dump", lambda **_: str(each))(mode="json"))
+    return text.strip('"')
+
+
+if __name__ == "__main__":
+    sys.exit(main())

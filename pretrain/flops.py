@@ -1,0 +1,45 @@
+"""Parameters and floating point operations of a model, counted from its recipe.
+
+Convention: a multiply-add is 2 operations; only matrix products count (projections, feed-forward, attention scores and
+values); a causal mask does not halve attention, since the usual kernels do the work anyway. Backward is twice forward.
+Source of the convention: Kaplan et al. 2020, "Scaling Laws for Neural Language Models", table 1, with attention added.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from pretrain.config import Model, Tower
+
+# dense peak, TFLOP/s, by the name torch gives the card: NVIDIA's data sheets, without sparsity
+PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}
+
+
+def forward_flops_per_sample(model: Model) -> int:
+    """One image and one caption through both towers."""
+    vision, text = model.vision, model.text
+    patches = (vision.image_size // vision.patch) ** 2
+    image = _block_flops(vision, patches + (vision.pool == "class"))
+    image += 2 * patches * 3 * vision.patch**2 * vision.width + 2 * vision.width * model.embed_dim
+    caption = _block_flops(text, text.context) + 2 * text.width * model.embed_dim
+    return image + caption
+
+
+def training_flops_per_sample(model: Model) -> int:
+    """Forward and backward of one pair. Recomputation and the loss are not counted."""
+    return 3 * forward_flops_per_sample(model)
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    """The card's dense bf16 peak; None where we do not know it (any CPU)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for card, peak in PEAK_TFLOPS.items() if card in name), None)
+
+
+def _block_flops(tower: Tower, length: int) -> int:
+    """A transformer over `length` tokens: 4 D^2 for q, k, v and output, 2 D F for the feed-forward, 2 S D for attention."""
+    hidden = int(tower.width * tower.mlp_ratio)
+    per_token = 2 * (4 * tower.width**2 + 2 * tower.width * hidden) + 4 * length * tower.width
+    return tower.layers * length * per_token

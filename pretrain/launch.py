@@ -1,0 +1,41 @@
+"""Start N ranks of a command on this machine through torchrun's own library, and bring back one exit code.
+
+The library and not its command line: a rank that ends with a sentence for the user would otherwise be followed by a
+page of the launcher's traceback.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+
+def launch(arguments: Sequence[str], ranks: int) -> int:
+    """Run `python -m pretrain.cli ARGUMENTS` on `ranks` ranks of this machine; the exit code of the first that failed."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # the ranks share the cores; a user's own setting stands
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=f"weft-{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "pretrain.cli", *arguments)
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        return code if code > 0 else 128 - code  # a negative code is the signal that ended it
+    except SignalException as stopped:
+        return 128 + int(stopped.sigval)
+    return 0

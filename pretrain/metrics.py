@@ -1,0 +1,155 @@
+"""What a run writes down while it trains: metrics.jsonl for scripts, TensorBoard for the eye, a line for the terminal.
+
+metrics.jsonl has one object a logged step: step, epoch, samples, loss, loss_<objective>, grad_norm, lr, logit_scale,
+samples_per_s, tflops (a rank), mfu (null where the card's peak is not known), data_wait (share of the time spent waiting
+for data, 0 to 1), memory_gib (a rank's peak), time (Unix seconds). evaluation.jsonl has one object an evaluation.
+A resumed run cuts both files back to the step it resumes from, so each step stands there once.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console
+
+METRICS, EVALUATION = "metrics.jsonl", "evaluation.jsonl"
+
+
+class RunLog:
+    """The growing files of a run folder; only the first rank holds one."""
+
+    def __init__(self, run: Path, resumed_step: int) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        for name in (METRICS, EVALUATION):
+            _cut_back(run / name, resumed_step)
+        self._metrics = (run / METRICS).open("a", encoding="utf-8")
+        self._evaluation = (run / EVALUATION).open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_step + 1)
+
+    def step(self, line: dict[str, Any]) -> None:
+        """One logged step."""
+        _append(self._metrics, line)
+        for name, value in line.items():
+            if name not in ("step", "time") and value is not None:
+                self._board.add_scalar(f"train/{name}", value, line["step"])
+
+    def evaluation(self, line: dict[str, Any]) -> None:
+        """One evaluation: step, and numbers in a tree."""
+        _append(self._evaluation, line)
+        for name, value in _leaves(line):
+            self._board.add_scalar(f"evaluation/{name}", value, line["step"])
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._metrics.close()
+        self._evaluation.close()
+        self._board.close()
+
+
+class Clock:
+    """Speed and waiting since the last logged step."""
+
+    def __init__(self) -> None:
+        self.began = self._since = time.perf_counter()
+        self._waited = 0.0
+        self._steps = 0
+
+    def waited(self, seconds: float) -> None:
+        """A step has waited so long for its batch."""
+        self._waited += seconds
+        self._steps += 1
+
+    def lap(self) -> tuple[float, float]:
+        """(seconds a step, share of the time spent waiting for data) since the last lap."""
+        now = time.perf_counter()
+        elapsed = max(now - self._since, 1e-9)
+        result = elapsed / max(self._steps, 1), self._waited / elapsed
+        self._since, self._waited, self._steps = now, 0.0, 0
+        return result
+
+    def pause(self, seconds: float) -> None:
+        """Take out time that was not training: an evaluation, a checkpoint."""
+        self._since += seconds
+
+
+class ProgressLine:
+    """The live line on stderr: one that rewrites itself on a terminal, one a logged step elsewhere."""
+
+    def __init__(self, steps: int, global_batch: int) -> None:
+        self._steps, self._global_batch = steps, global_batch
+        self._console = Console(stderr=True, highlight=False)
+        self._live = sys.stderr.isatty()
+
+    def show(self, line: dict[str, Any]) -> None:
+        """Loss, speed, data wait and time to go."""
+        left = (self._steps - line["step"]) * self._global_batch / line["samples_per_s"]
+        text = (
+            f"step {line['step']}/{self._steps}  loss {line['loss']:.4f}  {line['samples_per_s']:.0f} samples/s  "
+            f"data wait {line['data_wait']:.0%}  ETA {duration(left)}"
+        )
+        self._console.print(text, end="\r" if self._live else "\n", soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """A sentence that stays."""
+        self._console.print(text + (" " * 40 if self._live else ""), soft_wrap=True, markup=False)
+
+
+def duration(seconds: float) -> str:
+    """ "2 h 05 min", "3 min 20 s" or "12 s"."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """This rank's peak so far: of the card's allocator, or of the process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
+    return kibibytes / 2**20
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file; a last line cut short by a crash is left out; [] when there is no file."""
+    lines: list[dict[str, Any]] = []
+    if not path.is_file():
+        return lines
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def _cut_back(path: Path, step: int) -> None:
+    kept = [line for line in read_lines(path) if line["step"] <= step]
+    path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+
+def _append(file: Any, line: dict[str, Any]) -> None:
+    file.write(json.dumps(line) + "\n")
+    file.flush()
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    found: list[tuple[str, float]] = []
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            found += _leaves(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and name != "step":
+            found.append((prefix + name, float(value)))
+    return found

@@ -1,0 +1,136 @@
+"""The folder of a run: what lies in it, whether a recipe may go on in it, and what is written once at the start.
+
+    config.yaml       the resolved recipe                manifest.json     data fingerprint, code, versions, layout
+    metrics.jsonl     one object a logged step           evaluation.jsonl  one object an evaluation
+    tokenizer.json    what made the tokens               quarantine.jsonl  samples that could not be used
+    checkpoints/      step_<n>/ and latest               examples.json     what the report shows of the last evaluation
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pretrain.checkpoint.format import LATEST, Checkpoint, describe
+from pretrain.config import Recipe
+from pretrain.errors import RequestError
+from pretrain.parallel.layout import Layout
+
+# What may change between the start of a run and its end without making it another run
+FREE = (
+    "run.dir",
+    "run.device",
+    "data.train",
+    "data.test",
+    "data.loader",
+    "data.workers",
+    "data.tokenizer",
+    "data.max_corrupt",
+    "train.stop_at",
+    "train.micro_batch",
+    "train.resume",
+    "train.log_every",
+    "layout.",
+    "checkpoint.",
+    "eval.",
+)
+
+
+def checkpoint_to_resume(recipe: Recipe, data_fingerprint: str) -> Checkpoint | None:
+    """Where to go on, None to begin. RequestError when the folder holds a run of another recipe or other data."""
+    run = recipe.run.dir
+    if not (run / "checkpoints" / LATEST).exists():
+        return None
+    if recipe.train.resume == "never":
+        raise RequestError(
+            f"train.resume=never, but {run} holds a run with checkpoints: give another run.dir, or remove the folder"
+        )
+    checkpoint = describe(run)
+    theirs, mine = _flat(checkpoint.recipe), _flat(recipe.model_dump(mode="json"))
+    for key in sorted(theirs.keys() | mine.keys()):
+        if theirs.get(key) != mine.get(key) and not key.startswith(FREE):
+            raise RequestError(
+                f"{run} holds a run with {key}={theirs.get(key)}, and this recipe has {key}={mine.get(key)}: "
+                "give another run.dir, or the same value"
+            )
+    if checkpoint.data_fingerprint != data_fingerprint:
+        raise RequestError(
+            f"{run} was trained on other data than {recipe.data.train} now holds: give another run.dir, or that data"
+        )
+    return checkpoint
+
+
+def begin(recipe: Recipe, layout: Layout, data_fingerprint: str, resumed_step: int) -> None:
+    """Write config.yaml and manifest.json; a resumed run adds itself to the manifest's list of starts."""
+    run = recipe.run.dir
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.yaml").write_text(recipe.yaml(), encoding="utf-8")
+    path = run / "manifest.json"
+    starts: list[dict[str, Any]] = []
+    if resumed_step and path.is_file():
+        starts = json.loads(path.read_text(encoding="utf-8")).get("starts", [])
+    starts.append({"step": resumed_step, "time": time.time(), "layout": str(layout), "world": layout.world})
+    manifest = {
+        "data_fingerprint": data_fingerprint,
+        "seed": recipe.run.seed,
+        "layout": recipe.layout.model_dump(),
+        "world": layout.world,
+        "code": code_revision(),
+        "versions": versions(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}",
+        "starts": starts,
+    }
+    path.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """The versions of weft and of the libraries that numbers depend on."""
+    found = {}
+    for name in ("weft", "torch", "deepspeed", "megatron-core", "webdataset", "tokenizers", "numpy", "simplejpeg"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def code_revision() -> str:
+    """The git commit of this code, with "+changes" when files differ from it; "unknown" outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        commit = _git(here, "rev-parse", "HEAD")
+        return commit + ("+changes" if _git(here, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def load_config(run: Path) -> Recipe:
+    """The resolved recipe of a run folder; RequestError when it is none."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise RequestError(f"{run} is no run folder: there is no config.yaml in it")
+    return Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys; lists count as one value."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat

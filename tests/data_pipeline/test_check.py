@@ -1,0 +1,347 @@
+"""The lint: every defect planted is found, with its shard, byte and key, and sound data has none."""
+
+import io
+import json
+import struct
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from tars import BLOCK, picture, special, tar_of
+
+from data_pipeline.check import CheckReport, Problem, check_dataset
+from data_pipeline.index import INDEX_FILE, load_index, table_path
+
+
+def sound(frames: int = 500) -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, np.sin(np.arange(frames) / 9), 8000, format="FLAC")
+    return file.getvalue()
+
+
+def good(number: int) -> dict[str, bytes]:
+    """The files of one sound sample, its picture a JPEG or a PNG."""
+    kind = ("JPEG", "PNG")[number % 2]
+    return {
+        f"good{number}.flac": sound(),
+        f"good{number}.{kind.lower().replace('jpeg', 'jpg')}": picture(number, kind=kind),
+        f"good{number}.txt": b"a caption",
+    }
+
+
+def dataset(folder: Path, *shards: dict[str, bytes] | list, indexed: bool = True) -> Path:
+    for number, files in enumerate(shards):
+        (folder / f"s{number}.tar").write_bytes(tar_of(files))
+    if indexed:
+        load_index(folder)
+    return folder
+
+
+def check(folder: Path, **options: bool) -> CheckReport:
+    return check_dataset(folder, processes=1, **options)
+
+
+def only_problem(folder: Path, **options: bool) -> Problem:
+    (problem,) = check(folder, **options).problems
+    return problem
+
+
+def place_of(folder: Path, name: str, shard: str = "s0.tar") -> int:
+    with tarfile.open(folder / shard) as tar:
+        return tar.getmember(name).offset_data
+
+
+def test_sound_data_has_no_problem(tmp_path: Path) -> None:
+    report = check(dataset(tmp_path, good(0) | good(1), good(2)))
+    assert report == CheckReport((), samples=3, shards=2)
+    assert report.ok
+
+
+def test_a_check_writes_nothing_and_needs_no_index(tmp_path: Path) -> None:
+    dataset(tmp_path, good(0), indexed=False)
+    report = check(tmp_path)
+    assert report.ok
+    assert [(p.severity, p.shard) for p in report.problems] == [("warning", INDEX_FILE)]
+    assert [path.name for path in tmp_path.iterdir()] == ["s0.tar"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("bad.jpg", picture(1, (90, 90), "JPEG")[:900], "damaged JPEG"),
+        ("bad.png", picture(1, (90, 90))[:900], "damaged PNG"),
+        ("bad.png", b"<html>404</html>", "not a JPEG, PNG or WebP"),
+        ("bad.jpg", b"", "not a JPEG, PNG or WebP image (0 bytes"),
+        ("bad.left.webp", b"RIFF\0\0\0\0WEBPVP8 ", "the left.webp field: damaged WEBP"),
+        ("bad.flac", sound(5000)[:300], "damaged sound"),
+        ("bad.wav", b"RIFF", "damaged sound"),
+        ("bad.txt", b"caf\xe9", "not UTF-8"),
+        ("bad.json", b"{", "not JSON"),
+        ("bad.json", b"[]", "holds list, not an object"),
+        ("bad.json", b'{"captions": [1]}', "captions that are not a list of texts"),
+        ("bad.json", rb'{"captions": ["\ud800"]}', "not Unicode"),
+        ("bad.json", rb'{"label": "\ud800"}', "not Unicode"),
+    ],
+)
+def test_bad_fields_are_errors_with_their_place(tmp_path: Path, name: str, data: bytes, words: str) -> None:
+    files = {"bad.png": picture(), "bad.txt": b"words"} if not name.endswith(".txt") else {"bad.png": picture()}
+    folder = dataset(tmp_path, good(0) | files | {name: data} | good(1))
+    problem = only_problem(folder)
+    assert (problem.severity, problem.shard, problem.key) == ("error", "s0.tar", "bad")
+    assert problem.byte == place_of(folder, name)
+    assert words in problem.reason
+    assert not check(folder).ok
+
+
+def bomb(side: int) -> bytes:
+    """A PNG of a few bytes that says it is this many pixels wide and high."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(b"\0" * 99)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("side", [9000, 100_000])
+def test_decompression_bombs_are_refused(tmp_path: Path, side: int) -> None:
+    problem = only_problem(dataset(tmp_path, {"boom.png": bomb(side), "boom.txt": b"boom"}))
+    assert (problem.severity, problem.key, problem.byte) == ("error", "boom", BLOCK)
+    assert "decompression bomb" in problem.reason
+
+
+def test_without_decoding_only_the_text_is_read(tmp_path: Path) -> None:
+    folder = dataset(tmp_path, {"a.jpg": b"no picture", "a.txt": b"\xff"})
+    assert len(check(folder).errors) == 2
+    assert "not UTF-8" in only_problem(folder, decode=False).reason
+
+
+def test_warnings_do_not_make_data_bad(tmp_path: Path) -> None:
+    files = {"bare.png": picture(), "words.txt": b"only", "empty.png": picture(), "empty.txt": b" \n"}
+    files |= {"blank.png": picture(), "blank.json": b'{"captions": ["one", ""]}'}
+    report = check(dataset(tmp_path, good(0) | files))
+    assert report.ok
+    assert [(p.severity, p.key) for p in report.problems] == [
+        ("warning", "bare"), ("warning", "words"), ("warning", "empty"), ("warning", "blank"),
+    ]  # fmt: skip
+    reasons = [p.reason for p in report.problems]
+    assert reasons[0] == "no caption in its fields (png)"
+    assert reasons[1] == "no image among its fields (txt)"
+    assert "caption 1 in the txt field is empty" in reasons[2]
+    assert "caption 2 in the json field is empty" in reasons[3]
+
+
+def test_captions_may_be_in_the_json_field_alone(tmp_path: Path) -> None:
+    files = {"a.json": json.dumps({"captions": ["x"]}).encode(), "a.png": picture(), "a.txt": b""}
+    assert check(dataset(tmp_path, files)).problems == ()
+
+
+def test_what_a_whole_shard_lacks_is_said_once(tmp_path: Path) -> None:
+    folder = dataset(tmp_path, {f"t{i}.txt": b"words" for i in range(50)}, {f"u{i}.png": picture() for i in range(40)})
+    report = check(folder)
+    assert [(p.shard, p.key, p.reason) for p in report.problems] == [
+        ("s0.tar", None, "none of its 50 samples has an image"),
+        ("s1.tar", None, "none of its 40 samples has a caption"),
+    ]
+    assert report.samples == 90
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        (("../up.txt", b"1"), "climbs out of its folder"),
+        (("/etc/cron.d/evil.txt", b"1" * 600), "is an absolute path"),
+        (("evil.pkl", b"1" * 600), "is a pickle"),
+        (special("evil.txt", tarfile.SYMTYPE, "/etc/passwd"), "a symbolic link"),
+        (special("evil.txt", tarfile.LNKTYPE, "good0.txt"), "a hard link"),
+        (special("evil.txt", tarfile.GNUTYPE_SPARSE), "a sparse file"),
+    ],
+)
+def test_refused_files_are_named_and_what_follows_is_read(tmp_path: Path, entry: object, words: str) -> None:
+    first = list(good(0).items())
+    bad = {"broken.jpg": b"x", "broken.txt": b"later"}
+    dataset(tmp_path, [*first, entry, *bad.items(), *good(1).items()], indexed=False)
+    report = check(tmp_path)
+    assert report.samples == 3
+    refused, broken = report.errors
+    assert words in refused.reason
+    assert refused.byte == end_of(first)
+    assert (broken.key, broken.byte) == ("broken", place_of(tmp_path, "broken.jpg"))
+
+
+def end_of(files: list[tuple[str, bytes]]) -> int:
+    """The byte after the last of these files in a tar."""
+    return sum(BLOCK + -(-len(data) // BLOCK) * BLOCK for _, data in files)
+
+
+def test_a_damaged_header_is_one_error_and_reading_goes_on(tmp_path: Path) -> None:
+    files = good(0) | good(1) | good(2) | good(3)
+    dataset(tmp_path, files, indexed=False)
+    header = place_of(tmp_path, "good1.png") - BLOCK
+    archive = bytearray((tmp_path / "s0.tar").read_bytes())
+    archive[header + 3] ^= 1
+    (tmp_path / "s0.tar").write_bytes(archive)
+    report = check(tmp_path)
+    (error,) = report.errors
+    assert (error.shard, error.byte) == ("s0.tar", header)
+    assert "does not match its checksum" in error.reason
+    assert report.samples == 4  # the sample that lost a file, too
+    assert [p.key for p in report.problems if p.key] == []  # and no word about the picture that damage took
+
+
+def test_two_damaged_headers_are_two_errors(tmp_path: Path) -> None:
+    dataset(tmp_path, good(0) | good(1) | good(2), indexed=False)
+    headers = [place_of(tmp_path, name) - BLOCK for name in ("good0.txt", "good2.flac")]
+    archive = bytearray((tmp_path / "s0.tar").read_bytes())
+    for header in headers:
+        archive[header] ^= 1
+    (tmp_path / "s0.tar").write_bytes(archive)
+    assert [error.byte for error in check(tmp_path).errors] == headers
+
+
+@pytest.mark.parametrize("cut", ["in a header", "in a picture", "between files", "before the end mark"])
+def test_truncated_shards_name_the_byte_where_they_end(tmp_path: Path, cut: str) -> None:
+    dataset(tmp_path, good(0) | good(1), good(2), indexed=False)
+    picture_place = place_of(tmp_path, "good1.png")
+    text_place = place_of(tmp_path, "good1.txt")
+    end = {
+        "in a header": picture_place - 100,
+        "in a picture": picture_place + 50,
+        "between files": picture_place - BLOCK,
+        "before the end mark": text_place + BLOCK,
+    }[cut]
+    archive = (tmp_path / "s0.tar").read_bytes()
+    (tmp_path / "s0.tar").write_bytes(archive[:end])
+    report = check(tmp_path)
+    (error,) = report.errors
+    assert (error.shard, error.byte) == ("s0.tar", end)
+    assert "truncated" in error.reason
+    assert report.samples == 3  # and the other shard was read
+    assert [p.shard for p in report.problems if p.severity == "warning"] == [INDEX_FILE]
+
+
+def test_joined_tars_hide_samples(tmp_path: Path) -> None:
+    first, second = tar_of(good(0)), tar_of(good(1))
+    (tmp_path / "s0.tar").write_bytes(first + second)
+    error = check(tmp_path).errors[0]
+    assert error.byte == len(first)
+    assert "more files after the end mark" in error.reason
+
+
+def test_empty_and_foreign_files(tmp_path: Path) -> None:
+    dataset(tmp_path, good(0), indexed=False)
+    (tmp_path / "t.tar").write_bytes(b"")
+    (tmp_path / "u.tar").write_bytes(b"<html>no such bucket</html>" * 99)
+    (tmp_path / "v.tar").write_bytes(b"\x1f\x8b" + b"\0" * 2000)
+    report = check(tmp_path)
+    assert [(error.shard, error.byte) for error in report.errors] == [("t.tar", 0), ("u.tar", 0), ("v.tar", 0)]
+    assert [
+        part in error.reason
+        for error, part in zip(report.errors, ("empty", "no tar at all", "compressed"), strict=True)
+    ]
+    assert report.samples == 1
+
+
+def test_flipped_bytes_are_found_by_checksum(tmp_path: Path) -> None:
+    folder = dataset(tmp_path, good(0), good(1))
+    archive = bytearray((folder / "s1.tar").read_bytes())
+    archive[place_of(folder, "good1.txt", "s1.tar")] ^= 1  # still text, still a tar
+    (folder / "s1.tar").write_bytes(archive)
+    problem = only_problem(folder)
+    assert (problem.severity, problem.shard) == ("error", "s1.tar")
+    assert "checksum" in problem.reason
+
+
+def test_a_stale_index_is_named_shard_by_shard(tmp_path: Path) -> None:
+    folder = dataset(tmp_path, good(0), good(1), good(2))
+    (folder / "s0.tar").rename(folder / "s9.tar")
+    (folder / "s2.tar").write_bytes(tar_of(good(2) | good(3) | {"good3.json": b'{"long": "' + b"x" * 20_000 + b'"}'}))
+    errors = {error.shard: error.reason for error in check(folder).errors}
+    assert set(errors) == {"s0.tar", "s2.tar", "s9.tar"}
+    assert "there is no such file" in errors["s0.tar"]
+    assert "bytes, but" in errors["s2.tar"]
+    assert "is not in the index" in errors["s9.tar"]
+
+
+def test_a_bad_index_does_not_end_the_check(tmp_path: Path) -> None:
+    folder = dataset(tmp_path, good(0) | {"bad.jpg": b"x", "bad.txt": b"y"})
+    (folder / INDEX_FILE).write_text("{")
+    assert [error.shard for error in check(folder).errors] == [INDEX_FILE, "s0.tar"]
+
+
+def test_shards_that_are_all_gone(tmp_path: Path) -> None:
+    folder = dataset(tmp_path, good(0))
+    (folder / "s0.tar").unlink()
+    assert [error.shard for error in check(folder).errors] == ["s0.tar", INDEX_FILE]
+
+
+def test_tables_are_held_against_the_tar(tmp_path: Path) -> None:
+    folder = dataset(tmp_path, good(0), good(1))
+    table_path(folder / "s0.tar").unlink()
+    with np.load(table_path(folder / "s1.tar")) as stored:
+        arrays = {name: stored[name].copy() for name in stored.files}
+    arrays["offset"][1] += 1
+    np.savez(table_path(folder / "s1.tar").open("wb"), **arrays)
+    errors = {error.shard: error.reason for error in check(folder).errors}
+    assert set(errors) == {"s0.tar", "s1.tar"}
+    assert "is missing" in errors["s0.tar"]
+    assert "has other places than the tar" in errors["s1.tar"]
+
+
+def test_keys_in_several_shards_are_one_warning_a_shard(tmp_path: Path) -> None:
+    folder = dataset(tmp_path, good(0) | good(1) | good(2), good(5), good(1) | good(2) | good(7), good(2))
+    report = check(folder)
+    assert report.ok
+    assert [(p.severity, p.shard, p.key) for p in report.problems] == [
+        ("warning", "s2.tar", "good1"), ("warning", "s3.tar", "good2"),
+    ]  # fmt: skip
+    assert "2 of its keys" in report.problems[0].reason
+    assert "s0.tar" in report.problems[0].reason
+    assert report.problems[0].byte == place_of(folder, "good1.flac", "s2.tar")
+
+
+def test_a_torn_sample_is_an_error(tmp_path: Path) -> None:
+    """Its picture and its caption are far apart: every reader sees two halves."""
+    files = {"torn.png": picture(), **good(1), "torn.txt": b"words"}
+    folder = dataset(tmp_path, files)
+    report = check(folder)
+    (error,) = report.errors
+    assert (error.key, error.byte) == ("torn", place_of(folder, "torn.txt"))
+    assert f"byte {place_of(folder, 'torn.png')} too" in error.reason
+
+
+def test_a_field_that_is_there_twice_is_an_error(tmp_path: Path) -> None:
+    dataset(tmp_path, [("a.png", picture()), ("a.txt", b"1"), ("a.TXT", b"2"), *good(1).items()], indexed=False)
+    (error,) = check(tmp_path).errors
+    assert error.key == "a"
+    assert "'txt' is there twice" in error.reason
+
+
+def test_processes_find_the_same(tmp_path: Path) -> None:
+    bad = {"bad.jpg": b"x", "bad.txt": b"\xff"}
+    folder = dataset(tmp_path, good(0) | bad, good(1), bad, indexed=False)
+    (folder / "s1.tar").write_bytes((folder / "s1.tar").read_bytes()[:700])
+    seen: list[tuple[int, int]] = []
+    report = check_dataset(folder, processes=2, progress=lambda *now: seen.append(now))
+    assert report == check(folder)
+    assert len(report.errors) == 5
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_problems_are_sentences(tmp_path: Path) -> None:
+    problem = only_problem(dataset(tmp_path, good(0) | {"bad.jpg": b"x", "bad.txt": b"y"}))
+    assert str(problem).startswith(f"s0.tar, byte {problem.byte}, sample 'bad': the jpg field: not a JPEG")
+    assert str(Problem("error", "a.tar", None, None, "why")) == "a.tar: why"
+
+
+def test_nothing_to_check(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no such folder"):
+        check(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"there is no \.tar file"):
+        check(tmp_path)
+    (tmp_path / "s.tar").write_bytes(tar_of({}))
+    assert [p.reason for p in check(tmp_path).errors] == ["there is no sample in the whole data set"]

@@ -1,0 +1,113 @@
+"""Samples: which field is what, captions and labels, and bad text as DataError that names the sample."""
+
+import json
+import pickle
+from typing import Any
+
+import pytest
+
+from data_pipeline.errors import DataError
+from data_pipeline.sample import Sample, find_field, modalities_of
+
+
+def with_json(tree: Any, **fields: bytes) -> Sample:
+    return Sample("some/key", {"json": json.dumps(tree).encode(), **fields})
+
+
+@pytest.mark.parametrize(
+    ("names", "image", "audio"),
+    [
+        (["txt", "jpg"], "jpg", None),
+        (["png", "jpg", "wav", "flac"], "jpg", "flac"),
+        (["left.jpg", "right.jpg", "png"], "png", None),
+        (["right.jpg", "left.jpg"], "left.jpg", None),
+        (["jpeg", "ogg"], "jpeg", "ogg"),
+        (["jpg.txt", "gif", "mp3"], None, None),
+        ([], None, None),
+    ],
+)
+def test_fields_of_image_and_sound(names: list[str], image: str | None, audio: str | None) -> None:
+    sample = Sample("k", dict.fromkeys(names, b""))
+    assert (sample.image_field, sample.audio_field) == (image, audio)
+
+
+def test_find_field_does_not_depend_on_order() -> None:
+    names = ["b.png", "a.png", "c.jpg"]
+    assert find_field(names, ("jpg", "png")) == find_field(names[::-1], ("jpg", "png")) == "c.jpg"
+
+
+@pytest.mark.parametrize(
+    ("names", "modalities"),
+    [
+        ({"txt", "png"}, ("image", "text")),
+        ({"flac"}, ("audio",)),
+        ({"ogg", "webp", "txt"}, ("audio", "image", "text")),
+        ({"left.jpg", "json"}, ("image",)),
+        ({"cls", "json", "caption.txt"}, ()),
+    ],
+)
+def test_modalities(names: set[str], modalities: tuple[str, ...]) -> None:
+    assert modalities_of(names) == modalities
+
+
+def test_caption_of_the_txt_field_is_stripped() -> None:
+    assert Sample("k", {"txt": " a \u00e9 cat\r\n".encode()}).captions() == ("a \u00e9 cat",)
+    assert Sample("k", {"txt": b""}).captions() == ("",)
+    assert Sample("k", {"jpg": b""}).captions() == ()
+
+
+def test_captions_of_the_json_field_come_before_those_of_txt() -> None:
+    assert with_json({"captions": ["one", "two"]}, txt=b"three").captions() == ("one", "two")
+    assert with_json({"captions": []}, txt=b"three").captions() == ("three",)
+    assert with_json({"other": 1}, txt=b"three").captions() == ("three",)
+
+
+@pytest.mark.parametrize("captions", ["one", ["one", 2], {"a": "b"}, 7, [None]])
+def test_captions_that_are_no_list_of_texts(captions: Any) -> None:
+    with pytest.raises(DataError, match="'some/key' has captions that are not a list of texts"):
+        with_json({"captions": captions}).captions()
+
+
+def test_label() -> None:
+    assert with_json({"label": "red cat"}).label() == "red cat"
+    assert with_json({"label": 0}).label() == "0"
+    assert with_json({"label": None}).label() is None
+    assert with_json({}).label() is None
+    assert Sample("k", {"txt": b"x"}).label() is None
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"{", "is not JSON"),
+        (b"", "is not JSON"),
+        (b"\xff\xfe\xfa", "is not JSON"),
+        (b"[" * 100_000, "is not JSON"),
+        (b'{"label": ' + b"9" * 5000 + b"}", "is not JSON"),
+        (b"[1]", "holds list, not an object"),
+        (b'"text"', "holds str, not an object"),
+        (b"null", "holds NoneType, not an object"),
+    ],
+    ids=["open", "empty", "no text", "deep", "huge number", "list", "string", "null"],
+)
+def test_bad_json_names_the_sample(data: bytes, words: str) -> None:
+    with pytest.raises(DataError, match=f"the json field of sample 'some/key' {words}"):
+        Sample("some/key", {"json": data}).metadata()
+
+
+def test_text_that_is_not_utf_8_names_the_sample() -> None:
+    with pytest.raises(DataError, match="the txt field of sample 'k' is not UTF-8"):
+        Sample("k", {"txt": b"caf\xe9"}).captions()
+
+
+def test_half_characters_in_json_are_bad_data_and_not_an_encoder_error_later() -> None:
+    with pytest.raises(DataError, match="'some/key' holds text that is not Unicode"):
+        with_json({"captions": ["fine", "\ud800"]}).captions()
+    with pytest.raises(DataError, match="'some/key' holds text that is not Unicode"):
+        with_json({"label": "\udfff"}).label()
+    assert Sample("k", {"json": rb'{"captions": ["\ud83e\udd86"]}'}).captions() == ("🦆",)
+
+
+def test_samples_travel_between_processes() -> None:
+    sample = with_json({"label": "x"}, jpg=b"\xff\xd8")
+    assert pickle.loads(pickle.dumps(sample)) == sample

@@ -1,0 +1,217 @@
+"""Writing shards: webdataset reads back every byte, any number of processes writes the same, all or nothing."""
+
+import errno
+import hashlib
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import webdataset
+from tars import picture
+
+from data_pipeline.errors import DataError
+from data_pipeline.index import load_index
+from data_pipeline.reader import open_dataset
+from data_pipeline.sample import Sample, Skipped
+from data_pipeline.shards import write_shards
+
+
+def make(number: int) -> Sample:
+    """Odd on purpose: keys in folders and beyond ASCII, empty and block-sized fields, a dotted field."""
+    fields = {"txt": f"caption {number}".encode(), "jpg": picture(number, kind="JPEG"), "left.png": b"p" * number * 100}
+    if number % 3 == 0:
+        fields["json"] = b""
+    return Sample(f"part-{number // 4}/duck🦆{number}", fields)
+
+
+def make_or_skip(number: int) -> Sample | Skipped:
+    return Skipped(f"file-{number}", "too dark") if 3 <= number < 8 or number == 9 else make(number)
+
+
+def fail_at(bad: int, number: int) -> Sample:
+    if number == bad:
+        raise DataError(f"sample {number} is bad")
+    return make(number)
+
+
+def stop_at(bad: int, number: int) -> Sample:
+    if number == bad:
+        raise KeyboardInterrupt
+    return make(number)
+
+
+def constant(key: str, field: str, number: int) -> Sample:
+    return Sample(key, {field: b"x"})
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def test_plain_webdataset_reads_every_sample_and_field(tmp_path: Path) -> None:
+    written = write_shards(11, make, tmp_path / "out", samples_per_shard=4, processes=1)
+    urls = [str(tmp_path / "out" / shard.file) for shard in written.index.shards]
+    found = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert [sample["__key__"] for sample in found] == [make(i).key for i in range(11)]
+    for number, sample in enumerate(found):
+        fields = {name: data for name, data in sample.items() if not name.startswith("__")}
+        assert fields == make(number).fields
+
+
+def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
+    written = write_shards(11, make, tmp_path / "out", samples_per_shard=4, processes=1)
+    assert [(shard.file, shard.samples) for shard in written.index.shards] == [
+        ("shard-000000.tar", 4), ("shard-000001.tar", 4), ("shard-000002.tar", 3),
+    ]  # fmt: skip
+    assert written.index == load_index(tmp_path / "out")
+    dataset = open_dataset(tmp_path / "out")
+    assert [dataset.read(i) for i in range(11)] == [make(i) for i in range(11)]
+
+
+@pytest.mark.parametrize("function", [make, make_or_skip])
+def test_any_number_of_processes_writes_the_same_bytes(tmp_path: Path, function: Any) -> None:
+    one = write_shards(11, function, tmp_path / "one", samples_per_shard=2, processes=1)
+    two = write_shards(11, function, tmp_path / "two", samples_per_shard=2, processes=2)
+    assert one == two
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_skipped_samples_leave_no_gap(tmp_path: Path) -> None:
+    """Samples 3 to 7 fill the second shard of four: it must vanish, and the third take its number."""
+    written = write_shards(11, make_or_skip, tmp_path / "out", samples_per_shard=4, processes=1)
+    assert [skip.source for skip in written.skipped] == [f"file-{i}" for i in (3, 4, 5, 6, 7, 9)]
+    assert [(shard.file, shard.samples) for shard in written.index.shards] == [
+        ("shard-000000.tar", 3), ("shard-000001.tar", 2),
+    ]  # fmt: skip
+    dataset = open_dataset(tmp_path / "out")
+    assert [dataset.key(i) for i in range(5)] == [make(i).key for i in (0, 1, 2, 8, 10)]
+    assert dataset.read(3) == make(8)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_bad_sample_leaves_nothing_behind(tmp_path: Path, processes: int) -> None:
+    with pytest.raises(DataError, match="sample 7 is bad"):
+        write_shards(11, partial(fail_at, 7), tmp_path / "out", samples_per_shard=2, processes=processes)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(11, partial(stop_at, 7), tmp_path / "out", samples_per_shard=2, processes=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_with_workers_leaves_nothing_behind(tmp_path: Path) -> None:
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(40, make, tmp_path / "out", samples_per_shard=2, processes=2, progress=interrupt)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_says_so_and_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int, number: int
+) -> None:
+    write = webdataset.TarWriter.write
+
+    def write_until_full(self: Any, sample: dict[str, Any]) -> Any:
+        if sample["__key__"].endswith("7"):
+            raise OSError(number, os.strerror(number))
+        return write(self, sample)
+
+    monkeypatch.setattr(webdataset.TarWriter, "write", write_until_full)  # workers are forked, and have it too
+    with pytest.raises(OSError, match=r"the disk is full: .*out could not be written and nothing .* kept") as caught:
+        write_shards(11, make, tmp_path / "out", samples_per_shard=2, processes=processes)
+    assert caught.value.errno == number
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_os_errors_stay_what_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Any, sample: dict[str, Any]) -> None:
+        raise OSError(errno.EIO, "the disk is broken")
+
+    monkeypatch.setattr(webdataset.TarWriter, "write", refuse)
+    with pytest.raises(OSError, match="the disk is broken"):
+        write_shards(3, make, tmp_path / "out", processes=1)
+
+
+def test_an_empty_folder_is_taken_and_a_full_one_is_not(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    write_shards(2, make, tmp_path / "out", processes=1)
+    before = contents(tmp_path / "out")
+    with pytest.raises(ValueError, match="out is there already and not an empty folder"):
+        write_shards(3, make, tmp_path / "out", processes=1)
+    assert contents(tmp_path / "out") == before
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="file is there already"):
+        write_shards(3, make, tmp_path / "file", processes=1)
+
+
+def test_parents_are_made(tmp_path: Path) -> None:
+    write_shards(1, make, tmp_path / "a" / "b" / "out", processes=1)
+    assert len(open_dataset(tmp_path / "a" / "b" / "out")) == 1
+
+
+def test_nothing_to_write_tells_why(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="none of 0 samples could be made"):
+        write_shards(0, make, tmp_path / "out")
+    with pytest.raises(DataError, match="none of 2 samples could be made; the first, file-3: too dark"):
+        write_shards(2, partial(make_shifted, 3), tmp_path / "out", processes=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def make_shifted(by: int, number: int) -> Sample | Skipped:
+    return make_or_skip(number + by)
+
+
+@pytest.mark.parametrize(
+    ("key", "field", "words"),
+    [
+        ("a.b", "txt", "would not read back as itself"),
+        ("", "txt", "would not read back as itself"),
+        ("folder/", "txt", "would not read back as itself"),
+        ("__meta__/a", "txt", "would not read back as itself"),
+        ("a", "", "would not read back as itself"),
+        ("a", "TXT", "would not read back as itself"),
+        ("a", "x/txt", "would not read back as itself"),
+        ("a", "_txt", "would not read back as itself"),
+        ("/a", "txt", "is an absolute path"),
+        ("../a", "txt", "climbs out of its folder"),
+        ("a", "pkl", "is a pickle"),
+    ],
+)
+def test_what_would_not_read_back_is_refused(tmp_path: Path, key: str, field: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        write_shards(1, partial(constant, key, field), tmp_path / "out", processes=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_samples_of_one_key_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="two samples have the key 'same'"):
+        write_shards(2, partial(constant, "same", "txt"), tmp_path / "out", processes=1)
+
+
+def test_a_sample_without_a_field_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="sample 'k' has no field"):
+        write_shards(1, lambda number: Sample("k", {}), tmp_path / "out", processes=1)
+
+
+def test_samples_per_shard_must_be_positive(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="samples_per_shard is 0"):
+        write_shards(1, make, tmp_path / "out", samples_per_shard=0)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_progress_counts_samples_to_the_end(tmp_path: Path, processes: int) -> None:
+    seen: list[tuple[int, int]] = []
+    write_shards(
+        5, make, tmp_path / "out", samples_per_shard=2, processes=processes, progress=lambda *now: seen.append(now)
+    )
+    assert [total for _, total in seen] == [5, 5, 5]
+    assert sorted(done for done, _ in seen) == [done for done, _ in seen]
+    assert seen[-1] == (5, 5)

@@ -1,0 +1,139 @@
+"""Numbers about a data set: exact where it is small, bounded where it is large, and not stopped by a bad sample."""
+
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from tars import picture, tar_of
+
+from data_pipeline.errors import DataError
+from data_pipeline.stats import dataset_stats, image_size, sound_seconds, spread_of
+
+
+def sound(frames: int) -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(frames), 8000, format="WAV")
+    return file.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    first = {
+        "a.png": picture(size=(13, 7)),
+        "a.txt": b"one two  three",
+        "a.json": json.dumps({"label": "cat"}).encode(),
+        "b.jpg": picture(size=(13, 7), kind="JPEG"),
+        "b.json": json.dumps({"captions": ["uno", "dos tres", "quatre"], "label": "dog"}).encode(),
+        "c.webp": picture(size=(30, 50), kind="WEBP"),
+        "c.json": json.dumps({"label": "cat"}).encode(),
+    }
+    second = {"d.wav": sound(4000), "d.txt": "日本".encode()}
+    (tmp_path / "s0.tar").write_bytes(tar_of(first))
+    (tmp_path / "s1.tar").write_bytes(tar_of(second))
+    return tmp_path
+
+
+def test_every_number_of_a_small_set(folder: Path) -> None:
+    stats = dataset_stats(folder)
+    assert (stats.samples, stats.shards, stats.opened, stats.unreadable) == (4, 2, 4, 0)
+    assert stats.bytes == sum(path.stat().st_size for path in folder.glob("*.tar"))
+    assert stats.modalities == {"audio": 1, "image": 3, "text": 2}
+    assert stats.fields == {"json": 3, "txt": 2, "png": 1, "jpg": 1, "webp": 1, "wav": 1}
+    assert (stats.shard_samples.smallest, stats.shard_samples.largest, stats.shard_samples.mean) == (1, 3, 2)
+    assert (stats.captions_per_sample.smallest, stats.captions_per_sample.largest) == (0, 3)
+    assert (stats.caption_characters.count, stats.caption_characters.smallest) == (5, 2)
+    assert stats.caption_characters.largest == len("one two  three")
+    assert (stats.caption_words.smallest, stats.caption_words.largest, stats.caption_words.mean) == (1, 3, 8 / 5)
+    assert stats.image_sizes == {"13 x 7": 2, "30 x 50": 1}
+    assert (stats.image_side.smallest, stats.image_side.largest) == (7, 30)
+    assert (stats.sound_seconds.count, stats.sound_seconds.mean) == (1, 0.5)
+    assert stats.labelled == 3
+    assert stats.labels == {"cat": 2, "dog": 1}
+
+
+def test_a_bounded_number_of_samples_is_opened_the_same_ones_each_time(tmp_path: Path) -> None:
+    for shard in range(4):
+        files = {f"k{shard}-{i}.txt": b"w" * (100 * shard + i + 1) for i in range(25)}
+        (tmp_path / f"s{shard}.tar").write_bytes(tar_of(files))
+    stats = dataset_stats(tmp_path, sample_limit=40)
+    assert (stats.samples, stats.opened, stats.caption_characters.count) == (100, 40, 40)
+    assert stats.caption_characters.smallest <= 25  # from the first shard to the last
+    assert stats.caption_characters.largest > 300
+    assert stats == dataset_stats(tmp_path, sample_limit=40)
+    assert dataset_stats(tmp_path, sample_limit=1).opened == 1
+
+
+def test_bad_samples_are_counted_and_the_rest_is_told(tmp_path: Path) -> None:
+    files = {
+        "a.png": b"no picture", "a.txt": b"one", "b.json": b"{", "b.png": picture(), "c.wav": b"no", "c.txt": b"\xff",
+        "d.txt": b"four",
+    }  # fmt: skip
+    (tmp_path / "s.tar").write_bytes(tar_of(files))
+    stats = dataset_stats(tmp_path)
+    assert (stats.opened, stats.unreadable) == (4, 3)
+    assert stats.image_sizes == {"13 x 7": 1}
+    assert stats.caption_words.count == 2
+
+
+def test_a_shard_that_shrinks_is_counted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import data_pipeline.stats as module
+
+    opened = module.open_dataset(folder)
+    os.truncate(folder / "s1.tar", 600)
+    monkeypatch.setattr(module, "open_dataset", lambda folder: opened)  # it was whole when it was opened
+    stats = dataset_stats(folder)
+    assert (stats.opened, stats.unreadable) == (4, 1)
+
+
+def test_a_stale_index_and_a_bad_limit_are_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match="sample_limit is 0"):
+        dataset_stats(folder, sample_limit=0)
+    dataset_stats(folder)
+    os.truncate(folder / "s1.tar", 600)
+    with pytest.raises(DataError, match=r"s1\.tar has 600 bytes"):
+        dataset_stats(folder)
+    with pytest.raises(FileNotFoundError):
+        dataset_stats(folder / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [[7], [7, 7, 7], [0, 9], [0, 10], [1, 2, 2, 3], range(1001), [0.5], [0.1, 0.2, 0.25], [-3, 4], [0, 10**9, 5]],
+    ids=str,
+)
+def test_every_number_is_in_one_bin(numbers: list[float]) -> None:
+    spread = spread_of(numbers)
+    numbers = list(numbers)
+    assert spread.count == sum(spread.counts) == len(numbers)
+    assert (spread.smallest, spread.largest) == (min(numbers), max(numbers))
+    assert spread.mean == pytest.approx(sum(numbers) / len(numbers))
+    assert (spread.low[0], spread.high[-1]) == (spread.smallest, spread.largest)
+    assert 1 <= len(spread.counts) <= 10
+    if all(isinstance(number, int) for number in numbers):  # then bins do not overlap, and can be counted again
+        bins = zip(spread.low, spread.high, strict=True)
+        assert spread.counts == tuple(sum(low <= number <= high for number in numbers) for low, high in bins)
+
+
+def test_the_spread_of_nothing() -> None:
+    assert spread_of([]).count == 0
+    assert spread_of([]).counts == ()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_image_size_reads_the_header_alone(kind: str) -> None:
+    whole = picture(size=(301, 203), kind=kind)
+    assert image_size(whole) == (301, 203)
+    if kind != "WEBP":  # whose reader wants the file whole
+        assert image_size(whole[:700]) == (301, 203)
+
+
+@pytest.mark.parametrize("data", [b"", b"GIF89a\x01\0\x01\0\0\0\0;", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"])
+def test_no_header_is_bad_data(data: bytes) -> None:
+    with pytest.raises(DataError, match="no header of an image"):
+        image_size(data)
+    with pytest.raises(DataError, match="no header of a sound"):
+        sound_seconds(data)

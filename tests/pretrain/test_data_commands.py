@@ -1,0 +1,297 @@
+"""`weft data`: exit codes, one JSON object on stdout, and that it tells what the functions below it found."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tars import picture, tar_of
+from typer.testing import CliRunner
+
+from data_pipeline.errors import DataError
+from data_pipeline.index import load_index
+from data_pipeline.order import Order
+from pretrain.data_commands import data, datasets_in
+
+
+def run(*words: object, exit_code: int = 0) -> str:
+    """Run `weft data WORDS` and return its stdout; errors rise, as `pretrain.cli.main` wants them."""
+    result = CliRunner().invoke(data, [str(word) for word in words], catch_exceptions=False)
+    assert result.exit_code == exit_code, result.output
+    return result.stdout
+
+
+def run_json(*words: object, exit_code: int = 0) -> dict[str, Any]:
+    tree = json.loads(run(*words, "--json", exit_code=exit_code))
+    assert isinstance(tree, dict)
+    return tree
+
+
+@pytest.fixture
+def parent(tmp_path: Path) -> Path:
+    """A parent of train (7 samples in 2 shards) and test (2 samples)."""
+    for part, shards in (("train", (4, 3)), ("test", (2,))):
+        (tmp_path / "sets" / part).mkdir(parents=True)
+        for shard, count in enumerate(shards):
+            files = {}
+            for i in range(count):
+                files |= {f"{part}{shard}-{i}.png": picture(i), f"{part}{shard}-{i}.txt": b"words [bold]"}
+            (tmp_path / "sets" / part / f"s{shard}.tar").write_bytes(tar_of(files))
+        load_index(tmp_path / "sets" / part)
+    return tmp_path / "sets"
+
+
+@pytest.fixture
+def bad(parent: Path) -> Path:
+    """The same with a bad picture in test, its index made anew."""
+    files = {"ok.png": picture(), "ok.txt": b"fine", "bad[/red].png": b"no picture", "bad[/red].txt": b"caption"}
+    (parent / "test" / "s0.tar").write_bytes(tar_of(files))
+    (parent / "test" / "index.json").unlink()
+    load_index(parent / "test")
+    return parent
+
+
+def test_datasets_in(parent: Path, tmp_path: Path) -> None:
+    assert datasets_in(parent / "train") == [parent / "train"]
+    assert datasets_in(parent) == [parent / "train", parent / "test"]
+    for file in (parent / "train").glob("*.tar"):
+        file.unlink()
+    assert datasets_in(parent) == [parent / "train", parent / "test"]  # an index without shards is a bad data set
+    (parent / "train" / "index.json").unlink()
+    assert datasets_in(parent) == [parent / "test"]
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        datasets_in(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="is a file: give the folder"):
+        datasets_in(parent / "test" / "s0.tar")
+    (tmp_path / "x.tar.gz").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"none in train/ or test/; x\.tar\.gz is compressed"):
+        datasets_in(tmp_path)
+
+
+def test_check_of_good_data(parent: Path) -> None:
+    tree = run_json("check", parent)
+    assert tree["ok"] is True
+    assert [(part["path"], part["samples"], part["shards"]) for part in tree["datasets"]] == [
+        (str(parent / "train"), 7, 2), (str(parent / "test"), 2, 1),
+    ]  # fmt: skip
+    text = run("check", parent / "train")
+    assert "good, 7 samples in 2 shards, 0 errors, 0 warnings" in text
+
+
+def test_check_of_bad_data_leaves_with_1_and_says_where(bad: Path) -> None:
+    tree = run_json("check", bad, exit_code=1)
+    assert tree["ok"] is False
+    assert [part["ok"] for part in tree["datasets"]] == [True, False]
+    (problem,) = tree["datasets"][1]["problems"]
+    assert (problem["severity"], problem["shard"], problem["key"]) == ("error", "s0.tar", "bad[/red]")
+    text = run("check", bad, exit_code=1)
+    assert "bad[/red]" in text  # not taken for colour
+    assert f"byte {problem['byte']}" in text
+    assert "test: bad, 2 samples in 1 shard, 1 error, 0 warnings" in text.replace("\n", "")
+
+
+def test_check_without_decoding(bad: Path) -> None:
+    assert run_json("check", bad, "--no-decode")["ok"] is True
+
+
+def test_check_lists_all_in_json_and_the_first_ones_in_text(parent: Path) -> None:
+    files = {f"k{i}.png": b"no picture" for i in range(60)} | {f"t{i}.txt": b"x" for i in range(5)}
+    (parent / "test" / "s0.tar").write_bytes(tar_of(files))
+    (parent / "test" / "index.json").unlink()
+    tree = run_json("check", parent / "test", exit_code=1)
+    assert sum(problem["severity"] == "error" for problem in tree["datasets"][0]["problems"]) == 60
+    text = run("check", parent / "test", exit_code=1)
+    assert text.count("error s0.tar") == 12
+    assert "--json lists all" in text
+
+
+def test_stats(parent: Path) -> None:
+    tree = run_json("stats", parent)
+    train, test = tree["datasets"]
+    assert (train["path"], train["samples"], train["opened"]) == (str(parent / "train"), 7, 7)
+    assert train["image_sizes"] == {"13 x 7": 7}
+    assert train["fingerprint"] == load_index(parent / "train").fingerprint
+    assert test["modalities"] == {"image": 2, "text": 2}
+    assert run_json("stats", parent / "train", "--samples", 3)["datasets"][0]["opened"] == 3
+    text = run("stats", parent)
+    assert "7 in 2 shards" in text
+    assert "2 in 1 shard" in text
+
+
+def test_preview_beside_the_shards_or_where_it_is_told(parent: Path, tmp_path: Path) -> None:
+    run("preview", parent)
+    assert "train0-0" in (parent / "train" / "preview.html").read_text()
+    assert "test0-0" in (parent / "test" / "preview.html").read_text()
+    tree = run_json("preview", parent, "--out", tmp_path / "new" / "p.html", "--count", 3)
+    files = [Path(part["file"]) for part in tree["datasets"]]
+    assert files == [tmp_path / "new" / "p-train.html", tmp_path / "new" / "p-test.html"]
+    assert [file.read_text().count("<article>") for file in files] == [3, 2]
+    run("preview", parent / "test", "--out", tmp_path / "one.html")
+    assert (tmp_path / "one.html").is_file()
+    assert run_json("check", parent)["ok"]  # a sheet beside the shards is not in their way
+
+
+def test_order_prints_what_a_run_reads(parent: Path) -> None:
+    tree = run_json("order", parent / "train", "--seed", 5, "--epoch", 2, "--start", 3, "--count", 6)
+    assert (tree["samples"], tree["seed"], tree["shuffle"]) == (7, 5, True)
+    rows = tree["rows"]
+    assert [row["position"] for row in rows] == list(range(17, 23))
+    assert [row["epoch"] for row in rows] == [2, 2, 2, 2, 3, 3]
+    assert [row["sample"] for row in rows] == Order(7, 5).sample_ids(np.arange(17, 23)).tolist()
+    keys = [f"train0-{i}" for i in range(4)] + [f"train1-{i}" for i in range(3)]
+    for row in rows:
+        assert row["key"] == keys[row["sample"]]
+        assert (row["shard"], row["offset"]) == (("s0.tar", "s1.tar")[row["sample"] > 3], row["sample"] % 4)
+    text = run("order", parent / "train", "--seed", 5, "--epoch", 2, "--start", 3, "--count", 6)
+    assert text.split("\n")[0].split() == list(rows[0])
+    assert [line.split()[-1] for line in text.splitlines()[1:]] == [row["key"] for row in rows]
+
+
+def test_order_without_shuffling(parent: Path) -> None:
+    rows = run_json("order", parent / "train", "--no-shuffle", "--count", 8)["rows"]
+    assert [row["sample"] for row in rows] == [0, 1, 2, 3, 4, 5, 6, 0]
+
+
+def test_order_is_of_one_data_set_and_within_its_epoch(parent: Path) -> None:
+    with pytest.raises(ValueError, match=r"each with its own order: give .*train"):
+        run("order", parent)
+    with pytest.raises(ValueError, match=r"--start is 7, but an epoch of .* has places 0 to 6"):
+        run("order", parent / "train", "--start", 7)
+    assert run_json("order", parent / "train", "--start", 6, "--count", 1)["rows"][0]["position"] == 6
+
+
+def test_bad_data_rises_where_there_is_no_result(parent: Path) -> None:
+    (parent / "train" / "s0.tar").write_bytes(b"x" * 100)
+    for command in ("stats", "preview", "order"):
+        with pytest.raises(DataError, match=r"s0\.tar has 100 bytes"):
+            run(command, parent / "train")
+    assert run_json("check", parent / "train", exit_code=1)["ok"] is False
+
+
+@pytest.mark.parametrize("command", ["check", "stats", "preview", "order"])
+def test_a_missing_folder_rises(tmp_path: Path, command: str) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no data set at .*nowhere"):
+        run(command, tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["check"],
+        ["check", "x", "--surprise"],
+        ["order", "x", "--epoch", "-1"],
+        ["order", "x", "--count", "0"],
+        ["preview", "x", "--count", "none"],
+        ["import", "nothing", "x"],
+        ["import", "folder", "x"],
+        ["import", "folder", "x", "y", "--test-share", "1.5"],
+        ["synth", "x", "--train", "0"],
+        ["nonsense"],
+    ],
+)
+def test_wrong_requests_leave_with_2(words: list[str]) -> None:
+    run(*words, exit_code=2)
+
+
+def test_synth_writes_train_and_test(tmp_path: Path) -> None:
+    out = tmp_path / "scenes"
+    words = ["--train", 5, "--test", 3, "--seed", 4, "--size", 32, "--no-sound", "--processes", 1]
+    tree = run_json("synth", out, *words)
+    assert (tree["train"]["samples"], tree["test"]["samples"]) == (5, 3)
+    assert tree["train"]["fingerprint"] == load_index(out / "train").fingerprint
+    assert tree["train"]["path"] == str(out / "train")
+    stats = run_json("stats", out)["datasets"]
+    assert [part["image_sizes"] for part in stats] == [{"32 x 32": 5}, {"32 x 32": 3}]
+    assert stats[0]["modalities"].get("audio", 0) == 0
+    assert run_json("check", out)["ok"]
+    text = run("synth", tmp_path / "again", *words)
+    assert "5 samples in 1 shard" in text
+    assert load_index(tmp_path / "again" / "test").fingerprint == tree["test"]["fingerprint"]
+    with pytest.raises(ValueError, match="there already"):
+        run("synth", out, *words)
+
+
+def pictures(folder: Path, count: int) -> Path:
+    folder.mkdir()
+    for number in range(count):
+        (folder / f"p{number}.png").write_bytes(picture(number))
+        (folder / f"p{number}.txt").write_text(f"picture number {number}")
+    return folder
+
+
+def test_import_folder(tmp_path: Path) -> None:
+    source = pictures(tmp_path / "in", 12)
+    (source / "broken.jpg").write_bytes(b"no picture")
+    (source / "broken.txt").write_text("a broken one")
+    words = ["--test-share", 0.25, "--processes", 1]
+    tree = run_json("import", "folder", source, tmp_path / "out", *words)
+    assert tree["train"]["samples"] + tree["test"]["samples"] == 12
+    skipped = tree["train"]["skipped"] + tree["test"]["skipped"]
+    assert len(skipped) == 1
+    assert "broken.jpg" in skipped[0]["source"]
+    assert run_json("check", tmp_path / "out")["ok"]
+    text = run("import", "folder", source, tmp_path / "text", *words)
+    assert "skipped 1" in text
+    assert "broken.jpg" in text
+
+
+def test_import_without_a_test_set(tmp_path: Path) -> None:
+    source = pictures(tmp_path / "in", 4)
+    tree = run_json("import", "folder", source, tmp_path / "out", "--test-share", 0, "--processes", 1)
+    assert tree["train"]["samples"] == 4
+    assert tree["test"] is None
+
+
+def test_import_table(tmp_path: Path) -> None:
+    pictures(tmp_path / "in", 6)
+    rows = [f"in/p{number}.png,the words of {number}" for number in range(6)]
+    (tmp_path / "list.csv").write_text("\n".join(["where,said", *rows]))
+    words = ["--image-column", "where", "--caption-column", "said", "--test-share", 0.5, "--processes", 1]
+    tree = run_json("import", "table", tmp_path / "list.csv", tmp_path / "out", *words)
+    assert tree["train"]["samples"] + tree["test"]["samples"] == 6
+    with pytest.raises(ValueError, match="nothing_like_it"):
+        run("import", "table", tmp_path / "list.csv", tmp_path / "x", "--image-column", "nothing_like_it")
+
+
+def test_import_tuxpaint_hands_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package itself is 161 MB; that the importer reads it is tested with the importer."""
+    import data_pipeline.importers.tuxpaint as tuxpaint
+    from data_pipeline.importers.split import Imported
+    from data_pipeline.sample import Sample, Skipped
+    from data_pipeline.shards import Written, write_shards
+
+    called: dict[str, Any] = {}
+
+    def import_tuxpaint(out: Path, **options: Any) -> Imported:
+        called.update(options, out=out)
+        written = write_shards(1, lambda number: Sample("k", {"txt": b"x"}), out / "train", processes=1)
+        return Imported(Written(written.index, (Skipped("a.svg", "drawn in [vectors]"),) * 30), None)
+
+    monkeypatch.setattr(tuxpaint, "import_tuxpaint", import_tuxpaint)
+    package = tmp_path / "stamps.deb"
+    words = ["--language", "de", "--package", package, "--no-sound", "--seed", 3]
+    tree = run_json("import", "tuxpaint", tmp_path / "out", *words)
+    assert (called["out"], called["package"]) == (tmp_path / "out", package)
+    assert (called["language"], called["seed"], called["sound"], called["test_share"]) == ("de", 3, False, 0.2)
+    assert (tree["train"]["samples"], len(tree["train"]["skipped"])) == (1, 30)
+    text = run("import", "tuxpaint", tmp_path / "text", *words)
+    assert text.count("a.svg: drawn in [vectors]") == 12
+    assert "and 18 more" in text
+
+
+def test_importing_the_commands_loads_nothing_heavy() -> None:
+    code = "import sys, pretrain.data_commands; print({'torch', 'numpy', 'data_pipeline'} & set(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert loaded.stdout.strip() == "set()"
+
+
+def test_a_process_prints_one_json_object_and_nothing_else(bad: Path) -> None:
+    code = "from pretrain.data_commands import data; data()"
+    command = [sys.executable, "-c", code, "check", str(bad), "--json"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 1
+    assert json.loads(found.stdout)["ok"] is False
+    assert found.stderr == ""
