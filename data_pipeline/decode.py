@@ -66,11 +66,11 @@ def _decode_jpeg(data: bytes, max_pixels: float) -> np.ndarray:
 def _decode_with_pillow(data: bytes, kind: str, max_pixels: float) -> np.ndarray:
     try:
         with warnings.catch_warnings():
-            # our own limit speaks first where it is lower; where it is higher, Pillow's would only print
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            # of odd EXIF, and of sizes, where our own limit speaks: a line per image that nobody can act on
+            warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=[kind])
-        _refuse_bomb(image.width, image.height, max_pixels)
-        return np.array(_as_rgb(ImageOps.exif_transpose(image)))
+            _refuse_bomb(image.width, image.height, max_pixels)
+            return np.array(_as_rgb(ImageOps.exif_transpose(image)))
     except DataError:
         raise
     except Image.DecompressionBombError as error:  # Pillow's own limit, which it checks before we see the size

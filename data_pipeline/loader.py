@@ -16,6 +16,7 @@ Design choices:
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
@@ -42,6 +43,7 @@ from data_pipeline.transforms import ImageTransform, TextTransform, sample_gener
 ATTEMPTS = 16  # a position whose replacements all fail this often stands in a data set that is beyond repair
 PREFETCH = 2  # batches a worker keeps ready
 HELD = 3  # batches the consumer may hold, before more are sent by copy: the last, the one in hand, and one in advance
+GRACE_SECONDS = 60.0  # after a SIGTERM, for the trainer to finish its step
 WATCH_SECONDS = 1.0  # how often a worker looks whether the trainer is still there
 
 
@@ -324,18 +326,26 @@ def _unchanged(batch: Any) -> Any:
 
 
 def _start_worker(trainer: int, worker: int) -> None:
-    """Leave Ctrl-C, which reaches every process of the terminal, to the trainer's process, and do not outlive that."""
+    """Leave Ctrl-C and SIGTERM, which reach every process of a terminal or a job, to the trainer's process.
+
+    It finishes its step, saves and ends its workers; were one of them gone before, DataLoader would raise instead.
+    """
+    told = threading.Event()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(trainer,), daemon=True).start()
+    signal.signal(signal.SIGTERM, lambda *_: told.set())
+    threading.Thread(target=_end_with, args=(trainer, told), daemon=True).start()
 
 
-def _end_with(trainer: int) -> None:
-    """End this worker when the trainer is gone.
+def _end_with(trainer: int, told: threading.Event) -> None:
+    """End this worker when the trainer is gone, or `GRACE_SECONDS` after a SIGTERM.
 
     DataLoader sees to that only where a worker waits for work: one that has more to send than a pipe holds would wait
     for a reader for ever, as every worker has inherited the reading end and so keeps the pipe open itself.
     """
-    while os.getppid() == trainer:
+    leave = math.inf
+    while os.getppid() == trainer and time.monotonic() < leave:
+        if told.is_set():
+            leave = min(leave, time.monotonic() + GRACE_SECONDS)
         time.sleep(WATCH_SECONDS)
     os._exit(1)
 

@@ -9,7 +9,6 @@ Design choices:
 
 from __future__ import annotations
 
-import base64
 import io
 from html import escape
 from pathlib import Path
@@ -21,6 +20,7 @@ from data_pipeline.decode import decode_image
 from data_pipeline.errors import DataError
 from data_pipeline.index import written_whole
 from data_pipeline.order import Order
+from data_pipeline.page import embedded, page, readable_size
 from data_pipeline.reader import Dataset, open_dataset
 from data_pipeline.sample import Sample
 
@@ -45,10 +45,11 @@ def write_preview(folder: Path, out: Path, *, count: int = 48, seed: int = 0) ->
     drawn = f"{count} of them, drawn with seed {seed}" if count < len(dataset) else "all of them"
     shards = len(dataset.index.shards)
     summary = f"{len(dataset):,} samples in {shards:,} shard{'' if shards == 1 else 's'}; {drawn}"
-    page = PAGE.format(title=escape(str(folder)), summary=summary, cards="\n".join(cards))
+    title, sheet = str(folder), "\n".join(cards)
+    body = f"<header><h1>{escape(title)}</h1><p>{summary}</p></header>\n<main>\n{sheet}\n</main>"
     out.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(out) as unfinished:
-        unfinished.write_text(page, encoding="utf-8", errors="replace")
+        unfinished.write_text(page(title, STYLE, body), encoding="utf-8", errors="replace")
 
 
 def _card(dataset: Dataset, number: int) -> str:
@@ -63,7 +64,7 @@ def _card(dataset: Dataset, number: int) -> str:
     except DataError as error:
         return f'<article><div class="picture">{_bad(error)}</div><footer>{place}</footer></article>'
     parts = [f'<div class="picture">{_picture(sample)}</div>', _sound(sample), _words(sample)]
-    fields = ", ".join(f"{name} {_size(len(data))}" for name, data in sample.fields.items())
+    fields = ", ".join(f"{name} {readable_size(len(data))}" for name, data in sample.fields.items())
     footer = f'<footer><b dir="auto">{escape(sample.key)}</b>{place}<span>{escape(fields)}</span></footer>'
     return f"<article>{''.join(parts)}{footer}</article>"
 
@@ -82,7 +83,7 @@ def _picture(sample: Sample) -> str:
     image.save(file, "PNG" if width * height <= 128 * 128 else "JPEG", quality=85)  # small pictures show every pixel
     kind = "png" if file.getvalue()[:4] == b"\x89PNG" else "jpeg"
     sharp = ' class="pixels"' if max(width, height) <= 128 else ""
-    source = f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+    source = embedded(f"image/{kind}", file.getvalue())
     return f'<img{sharp} src="{source}" alt="" title="{width} x {height} pixels">'
 
 
@@ -91,10 +92,9 @@ def _sound(sample: Sample) -> str:
         return ""
     data = sample.fields[sample.audio_field]
     if len(data) > MOST_SOUND:
-        return f'<p class="none">sound of {_size(len(data))}: too long for this sheet</p>'
+        return f'<p class="none">sound of {readable_size(len(data))}: too long for this sheet</p>'
     kind = SOUND_TYPES[sample.audio_field.rpartition(".")[2]]
-    source = f"data:{kind};base64,{base64.b64encode(data).decode()}"
-    return f'<audio controls preload="metadata" src="{source}"></audio>'
+    return f'<audio controls preload="metadata" src="{embedded(kind, data)}"></audio>'
 
 
 def _words(sample: Sample) -> str:
@@ -119,50 +119,21 @@ def _bad(error: DataError) -> str:
     return f'<p class="bad">{escape(str(error))}</p>'
 
 
-def _size(size: int) -> str:
-    return f"{size} B" if size < 1024 else f"{size / 1024:.1f} KiB" if size < 1 << 20 else f"{size / (1 << 20):.1f} MiB"
-
-
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; --page: #f4f3ef; --card: #fff; --ink: #22211e; --soft: #77736a; --line: #e3e0d8;
-  --well: #eeece6; --label: #2b5f8a; --bad: #b3261e; }}
-@media (prefers-color-scheme: dark) {{ :root {{ --page: #171614; --card: #22201d; --ink: #ebe8e1; --soft: #98938a;
-  --line: #36332e; --well: #1b1a17; --label: #8fbfe6; --bad: #ff8a80; }} }}
-* {{ box-sizing: border-box; }}
-body {{ margin: 0 auto; max-width: 1480px; padding: 28px 24px 48px; background: var(--page); color: var(--ink);
-  font: 14px/1.45 system-ui, sans-serif; }}
-h1 {{ margin: 0; font-size: 22px; font-weight: 650; overflow-wrap: anywhere; }}
-header p {{ margin: 2px 0 22px; color: var(--soft); }}
-main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); gap: 16px; }}
-article {{ display: flex; flex-direction: column; background: var(--card); border: 1px solid var(--line);
-  border-radius: 10px; overflow: hidden; }}
-.picture {{ position: relative; aspect-ratio: 1; background: var(--well); display: grid; place-items: center; }}
-.picture > p {{ max-height: 100%; overflow: auto; padding: 10px; }}
-img {{ position: absolute; inset: 10px; width: calc(100% - 20px); height: calc(100% - 20px); object-fit: contain; }}
-img.pixels {{ image-rendering: pixelated; }}
-audio {{ display: block; width: 100%; height: 36px; padding: 4px 8px 0; }}
-.words {{ flex: 1; padding: 10px 12px 2px; max-height: 190px; overflow: auto; }}
-p.also {{ color: var(--soft); }}
-p {{ margin: 0 0 6px; overflow-wrap: anywhere; unicode-bidi: isolate; }}
-.label {{ display: table; padding: 0 8px; border: 1px solid currentColor; border-radius: 99px; color: var(--label);
-  font-size: 12px; }}
-.none {{ color: var(--soft); font-style: italic; }}
-.bad {{ color: var(--bad); font-size: 12px; padding: 8px; }}
-footer {{ display: flex; flex-direction: column; margin-top: auto; padding: 8px 12px 10px;
+STYLE = """
+main { display: grid; grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); gap: 16px; }
+article { display: flex; flex-direction: column; background: var(--card); border: 1px solid var(--line);
+  border-radius: 10px; overflow: hidden; }
+.picture { position: relative; aspect-ratio: 1; background: var(--well); display: grid; place-items: center; }
+.picture > p { max-height: 100%; overflow: auto; padding: 10px; }
+img { position: absolute; inset: 10px; width: calc(100% - 20px); height: calc(100% - 20px); object-fit: contain; }
+img.pixels { image-rendering: pixelated; }
+audio { display: block; width: 100%; height: 36px; padding: 4px 8px 0; }
+.words { flex: 1; padding: 10px 12px 2px; max-height: 190px; overflow: auto; }
+p.also { color: var(--soft); }
+.label { display: table; padding: 0 8px; border: 1px solid currentColor; border-radius: 99px; color: var(--label);
+  font-size: 12px; }
+footer { display: flex; flex-direction: column; margin-top: auto; padding: 8px 12px 10px;
   border-top: 1px solid var(--line); color: var(--soft); overflow-wrap: anywhere;
-  font: 11px/1.5 ui-monospace, monospace; }}
-footer b {{ color: var(--ink); font-weight: 600; unicode-bidi: isolate; }}
-</style>
-<header><h1>{title}</h1><p>{summary}</p></header>
-<main>
-{cards}
-</main>
-</html>
+  font: 11px/1.5 ui-monospace, monospace; }
+footer b { color: var(--ink); font-weight: 600; unicode-bidi: isolate; }
 """

@@ -146,8 +146,7 @@ def _well_formed(text: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(
-            f"caption {text!r} holds a lone surrogate at character {error.start}: "
-            "it is not well-formed Unicode"
+            f"caption {text!r} holds a lone surrogate at character {error.start}: it is not well-formed Unicode"
         ) from error
     return text
 

@@ -76,7 +76,7 @@ class ImageTransform:
         crop_1CHW = crop_1HWC.permute(0, 3, 1, 2)
         if out is None:
             out = torch.empty((self.size, self.size, 3), dtype=torch.uint8).permute(2, 0, 1)
-        # what interpolate(mode="bilinear", antialias=True) calls; it has no `out`, and the type stub of this one neither
+        # what interpolate(mode="bilinear", antialias=True) calls; that has no `out`, nor has the type stub of this
         resize: Any = torch._C._nn._upsample_bilinear2d_aa
         resize(crop_1CHW, (self.size, self.size), False, None, None, out=out[None])
         if self.flip and generator is not None and generator.random() < 0.5:

@@ -15,7 +15,9 @@ Design choices:
 - InfoNCE subtracts one constant from every logit instead of a running maximum, so one exponential serves the row
   sum and the column sum, forward and backward. |s| is bounded by scale * max|x| * max|y|; should a sum still leave
   the range of fp32, both passes are repeated with exact maxima (`_Exact`).
-- On the diagonal exp(.) - 1 cancels when the loss is small: expm1 there (Kahan).
+- Near the end of training s_ii is nearly all of its log-sum-exp, and their difference and exp(.) - 1 on the diagonal
+  would be rounding noise. So the wrong answers are summed without s_ii, and both come from the log odds against the
+  true pair, row_i = logsumexp_{j != i} s_ij - s_ii: L_i = log(1 + exp(row_i)), dL_i/ds_ii = -1 / (1 + exp(-row_i)).
 - With a group, a rank holds the rows of its own x and gathers y only; column sums are added over the group, and the
   gradient of y goes back to its owner.
 - Gradient convention: every rank returns the same global loss, and gradients of x and y are `world` times those of the
@@ -121,6 +123,10 @@ class _Share:
             dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.group)
         return values
 
+    def diagonal(self, logits_CN: torch.Tensor, rows: slice) -> torch.Tensor:
+        """A view of the true pairs' elements in the chunk of logits of these rows."""
+        return logits_CN.diagonal(self.own.start + rows.start)[: rows.stop - rows.start]
+
     def chunks(self, like: torch.Tensor) -> list[slice]:
         """Slices of the own rows such that a chunk of logits [C, N] takes about CHUNK_BYTES."""
         rows = max(1, CHUNK_BYTES // max(1, self.total * like.itemsize))
@@ -129,18 +135,21 @@ class _Share:
 
 
 @dataclass
-class _Fixed:
+class _Sums:
+    """What the backward needs to know about all rows and columns; the log odds are those against the true pair."""
+
+    own: torch.Tensor  # [n] logits of the true pairs
+    row_odds: torch.Tensor  # [n] log of the sum over a row's wrong answers, minus own
+    column_odds: torch.Tensor  # [n] the same over the columns of this rank's pairs
+
+
+@dataclass
+class _Fixed(_Sums):
     """exp(s - reference) summed over rows and columns, with one reference for all."""
 
     reference: torch.Tensor  # []
     row_sum: torch.Tensor  # [n]
     column_sum: torch.Tensor  # [N]
-
-    def row_lse(self) -> torch.Tensor:
-        return self.row_sum.log() + self.reference
-
-    def column_lse(self) -> torch.Tensor:
-        return self.column_sum.log() + self.reference
 
     def probabilities(self, logits_CN: torch.Tensor, rows: slice) -> torch.Tensor:
         """Row softmax + column softmax of a chunk; overwrites the logits. One exponential an element."""
@@ -149,21 +158,15 @@ class _Fixed:
 
 
 @dataclass
-class _Exact:
+class _Exact(_Sums):
     """The same from true log-sum-exps: two exponentials an element, right for any logits."""
 
-    rows: torch.Tensor  # [n]
-    columns: torch.Tensor  # [N]
-
-    def row_lse(self) -> torch.Tensor:
-        return self.rows
-
-    def column_lse(self) -> torch.Tensor:
-        return self.columns
+    row_lse: torch.Tensor  # [n]
+    column_lse: torch.Tensor  # [N]
 
     def probabilities(self, logits_CN: torch.Tensor, rows: slice) -> torch.Tensor:
-        by_row_CN = (logits_CN - self.rows[rows, None]).exp_()
-        return logits_CN.sub_(self.columns).exp_().add_(by_row_CN)
+        by_row_CN = (logits_CN - self.row_lse[rows, None]).exp_()
+        return logits_CN.sub_(self.column_lse).exp_().add_(by_row_CN)
 
 
 def _fixed_sums(x_nD: torch.Tensor, y_ND: torch.Tensor, scale: torch.Tensor, share: _Share) -> _Fixed | None:
@@ -171,17 +174,33 @@ def _fixed_sums(x_nD: torch.Tensor, y_ND: torch.Tensor, scale: torch.Tensor, sha
     longest = torch.stack([_longest(x_nD), _longest(y_ND)])
     share.maximum(longest)
     reference = (scale.abs() * longest.prod() - LARGEST_EXPONENT).clamp(min=0)
-    row_sum = x_nD.new_empty(len(x_nD))
-    column_sum = x_nD.new_zeros(share.total + 1)  # the last element counts the rows whose sum is out of range
+    own_n, own_exponential_n, row_wrong_n = (x_nD.new_empty(len(x_nD)) for _ in range(3))
+    columns = x_nD.new_zeros(2 * share.total + 1)  # added over ranks in one piece
+    column_wrong_N, column_own_N, out_of_range = columns.split([share.total, share.total, 1])
     for rows in share.chunks(x_nD):
-        exponentials_CN = (x_nD[rows] * scale @ y_ND.T).sub_(reference).exp_()
-        torch.sum(exponentials_CN, 1, out=row_sum[rows])
-        column_sum[:-1] += exponentials_CN.sum(0)
-    column_sum[-1] = (~_in_range(row_sum)).sum()
-    share.add(column_sum)
-    if column_sum[-1] > 0 or not _in_range(column_sum[:-1]).all():
+        logits_CN = x_nD[rows] * scale @ y_ND.T
+        own_C = share.diagonal(logits_CN, rows)
+        own_n[rows] = own_C
+        exponentials_CN = logits_CN.sub_(reference).exp_()
+        own_exponential_n[rows] = own_C
+        own_C.zero_()
+        torch.sum(exponentials_CN, 1, out=row_wrong_n[rows])
+        column_wrong_N += exponentials_CN.sum(0)
+    row_sum = row_wrong_n + own_exponential_n
+    column_own_N[share.own] = own_exponential_n
+    out_of_range += (~_in_range(row_sum)).sum()
+    share.add(columns)
+    column_sum = column_wrong_N + column_own_N
+    if out_of_range > 0 or not _in_range(column_sum).all():
         return None
-    return _Fixed(reference, row_sum, column_sum[:-1])
+    return _Fixed(
+        own=own_n,
+        row_odds=row_wrong_n.log() - (own_n - reference),
+        column_odds=column_wrong_N[share.own].log() - (own_n - reference),
+        reference=reference,
+        row_sum=row_sum,
+        column_sum=column_sum,
+    )
 
 
 def _longest(rows: torch.Tensor) -> torch.Tensor:
@@ -193,15 +212,32 @@ def _in_range(sums: torch.Tensor) -> torch.Tensor:
 
 
 def _exact_sums(x_nD: torch.Tensor, y_ND: torch.Tensor, scale: torch.Tensor, share: _Share) -> _Exact:
-    row_lse = x_nD.new_empty(len(x_nD))
-    column_lse = x_nD.new_full((share.total,), -torch.inf)
+    own_n, row_wrong_n = (x_nD.new_empty(len(x_nD)) for _ in range(2))
+    column_wrong_N = x_nD.new_full((share.total,), -torch.inf)
     for rows in share.chunks(x_nD):
         logits_CN = x_nD[rows] * scale @ y_ND.T
-        row_lse[rows] = logits_CN.logsumexp(1)
-        column_lse = torch.logaddexp(column_lse, logits_CN.logsumexp(0))
-    highest = share.maximum(column_lse.clone())
-    total = share.add((column_lse - highest).exp_())
-    return _Exact(row_lse, total.log() + highest)
+        own_C = share.diagonal(logits_CN, rows)
+        own_n[rows] = own_C
+        own_C.fill_(-torch.inf)
+        row_wrong_n[rows] = logits_CN.logsumexp(1)
+        column_wrong_N = torch.logaddexp(column_wrong_N, logits_CN.logsumexp(0))
+    # a single pair has no wrong answer: -inf - (-inf) must not become nan
+    highest_N = share.maximum(column_wrong_N.clone()).clamp(min=torch.finfo(x_nD.dtype).min)
+    column_wrong_N = share.add((column_wrong_N - highest_N).exp_()).log() + highest_N
+    own_N = x_nD.new_zeros(share.total)
+    own_N[share.own] = own_n
+    return _Exact(
+        own=own_n,
+        row_odds=row_wrong_n - own_n,
+        column_odds=column_wrong_N[share.own] - own_n,
+        row_lse=torch.logaddexp(row_wrong_n, own_n),
+        column_lse=torch.logaddexp(column_wrong_N, share.add(own_N)),
+    )
+
+
+def _softplus(values: torch.Tensor) -> torch.Tensor:
+    """log(1 + exp(value)), exact in fp64 too."""
+    return torch.nn.functional.softplus(values, threshold=40)
 
 
 class _InfoNCE(torch.autograd.Function):
@@ -218,31 +254,28 @@ class _InfoNCE(torch.autograd.Function):
         share = _Share(group, len(x_nD), x_nD.device)
         y_ND = share.gather(y_nD)
         sums = _fixed_sums(x_nD, y_ND, scale, share) or _exact_sums(x_nD, y_ND, scale, share)
-        own_logits = (x_nD * y_nD).sum(1) * scale
-        lse = (sums.row_lse() + sums.column_lse()[share.own]) / 2
-        loss = share.add((lse - (1 - label_smoothing) * own_logits).sum() / share.total)
-        x_total_D = y_total_D = None
+        losses_n = (_softplus(sums.row_odds) + _softplus(sums.column_odds)) / 2 + label_smoothing * sums.own
+        loss = share.add(losses_n.sum() / share.total)
+        y_total_D = None
         if label_smoothing:  # the uniform part of the targets needs sums of embeddings only
             x_total_D, y_total_D = share.add(x_nD.sum(0)), y_ND.sum(0)
             loss -= label_smoothing / share.total**2 * scale * (x_total_D @ y_total_D)
-        ctx.save_for_backward(x_nD, y_ND, scale, x_total_D, y_total_D)
+        ctx.save_for_backward(x_nD, y_ND, scale, y_total_D)
         ctx.share, ctx.sums, ctx.label_smoothing = share, sums, label_smoothing
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_nD, y_ND, scale, x_total_D, y_total_D = ctx.saved_tensors
+        x_nD, y_ND, scale, y_total_D = ctx.saved_tensors
         share, sums, smoothing = ctx.share, ctx.sums, ctx.label_smoothing
-        row_lse, column_lse = sums.row_lse(), sums.column_lse()[share.own]
+        own_n = 2 * smoothing - sums.row_odds.sigmoid() - sums.column_odds.sigmoid()
         dx_nD = torch.empty_like(x_nD)  # without the factor scale until the end: x . dx is then the scale's gradient
         dy_ND = torch.zeros_like(y_ND)
         for rows in share.chunks(x_nD):
             logits_CN = x_nD[rows] * scale @ y_ND.T
-            diagonal = logits_CN.diagonal(share.own.start + rows.start)[: rows.stop - rows.start]
-            own_C = torch.expm1(diagonal - row_lse[rows]) + torch.expm1(diagonal - column_lse[rows]) + 2 * smoothing
             gradient_CN = sums.probabilities(logits_CN, rows)
-            gradient_CN.diagonal(share.own.start + rows.start)[: rows.stop - rows.start].copy_(own_C)
+            share.diagonal(gradient_CN, rows).copy_(own_n[rows])
             torch.mm(gradient_CN, y_ND, out=dx_nD[rows])
             dy_ND.addmm_(gradient_CN.T, x_nD[rows])
         dx_nD /= 2 * share.total
@@ -275,9 +308,9 @@ class _Sigmoid(torch.autograd.Function):
         numbers = x_nD.new_zeros(3)  # loss, gradient of scale, gradient of bias
         for rows in share.chunks(x_nD):
             logits_CN = torch.addmm(bias, x_nD[rows] * scale, y_ND.T)
-            own_C = logits_CN.diagonal(share.own.start + rows.start)[: rows.stop - rows.start]
+            own_C = share.diagonal(logits_CN, rows)
             own_C.neg_()  # now every element is -z t
-            numbers[0] += torch.nn.functional.softplus(logits_CN).sum()
+            numbers[0] += _softplus(logits_CN).sum()
             gradient_CN = logits_CN.sigmoid_()
             own_C.neg_()
             torch.mm(gradient_CN, y_ND, out=dx_nD[rows])

@@ -1,4 +1,4 @@
-"""Plain fp64 definitions of the operations, for tests: short, slow, with the whole matrix in memory, and obviously right.
+"""Plain fp64 definitions of the operations, for tests: short, slow, the whole matrix in memory, and obviously right.
 
 Axes: N samples, D embedding size.
 """

@@ -51,16 +51,16 @@ def train(
 ) -> None:
     """Train a recipe: from where its run folder stands, or from the beginning."""
     from pretrain.config import load_recipe
+    from pretrain.launch import end_with_launcher, launch
     from pretrain.preflight import check
 
     resolved = load_recipe(recipe, overrides or [])
     arguments = ["train", recipe, *(overrides or [])]
     under_launcher = "TORCHELASTIC_RUN_ID" in os.environ or "WORLD_SIZE" in os.environ
     if nproc > 1 and not under_launcher:
-        from pretrain.launch import launch
-
         check(resolved, nproc)  # one sentence here instead of one from each rank
         raise typer.Exit(launch([*arguments, "--nproc", str(nproc)], nproc))
+    end_with_launcher()
     from pretrain.train import train as run
 
     raise typer.Exit(run(resolved, shlex.join(["weft", *arguments, *(["--nproc", str(nproc)] if nproc > 1 else [])])))

@@ -231,7 +231,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _lay_over(tree: dict[str, Any], override: str) -> None:
-    """Set one dotted `key=value` in the tree; the value is read as YAML (`train.lr=1e-3`, `data.crop_scale=[0.5, 1]`)."""
+    """Set one dotted `key=value` in the tree; the value is YAML (`train.lr=1e-3`, `data.crop_scale=[0.5, 1]`)."""
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
         raise RequestError(f"override {override!r} is not of the form key=value")

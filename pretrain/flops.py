@@ -39,7 +39,7 @@ def peak_tflops(device: torch.device) -> float | None:
 
 
 def _block_flops(tower: Tower, length: int) -> int:
-    """A transformer over `length` tokens: 4 D^2 for q, k, v and output, 2 D F for the feed-forward, 2 S D for attention."""
+    """A transformer over `length` tokens: 4 D^2 for q, k, v and output, 2 D F for feed-forward, 2 S D for attention."""
     hidden = int(tower.width * tower.mlp_ratio)
     per_token = 2 * (4 * tower.width**2 + 2 * tower.width * hidden) + 4 * length * tower.width
     return tower.layers * length * per_token

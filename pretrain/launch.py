@@ -6,14 +6,19 @@ page of the launcher's traceback.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
+LAUNCHER = "WEFT_LAUNCHER"  # process id of the launcher, in the environment of its ranks
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
 
 def launch(arguments: Sequence[str], ranks: int) -> int:
-    """Run `python -m pretrain.cli ARGUMENTS` on `ranks` ranks of this machine; the exit code of the first that failed."""
+    """Run `python -m pretrain.cli ARGUMENTS` on `ranks` ranks of this machine; the exit code of the first to fail."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -21,6 +26,7 @@ def launch(arguments: Sequence[str], ranks: int) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # the ranks share the cores; a user's own setting stands
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    os.environ[LAUNCHER] = str(os.getpid())
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -39,3 +45,13 @@ def launch(arguments: Sequence[str], ranks: int) -> int:
     except SignalException as stopped:
         return 128 + int(stopped.sigval)
     return 0
+
+
+def end_with_launcher() -> None:
+    """In a rank: die when the launcher is killed, instead of training on unseen into a folder that is resumed meanwhile."""
+    launcher = os.environ.get(LAUNCHER)
+    if launcher is None or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != int(launcher):  # it went before we asked
+        os.kill(os.getpid(), signal.SIGKILL)

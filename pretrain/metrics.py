@@ -1,8 +1,9 @@
 """What a run writes down while it trains: metrics.jsonl for scripts, TensorBoard for the eye, a line for the terminal.
 
 metrics.jsonl has one object a logged step: step, epoch, samples, loss, loss_<objective>, grad_norm, lr, logit_scale,
-samples_per_s, tflops (a rank), mfu (null where the card's peak is not known), data_wait (share of the time spent waiting
-for data, 0 to 1), memory_gib (a rank's peak), time (Unix seconds). evaluation.jsonl has one object an evaluation.
+samples_per_s, tflops (a rank), mfu (null where the card's peak is not known), data_wait (share of the time spent
+waiting for data, 0 to 1), memory_gib (a rank's peak), time (Unix seconds). evaluation.jsonl has one object an
+evaluation.
 A resumed run cuts both files back to the step it resumes from, so each step stands there once.
 """
 

@@ -1,4 +1,4 @@
-"""Samples that could not be used: named once each in quarantine.jsonl, counted by all ranks, and too many end the run."""
+"""Samples that could not be used: named once each in quarantine.jsonl, counted by all ranks; too many end the run."""
 
 from __future__ import annotations
 

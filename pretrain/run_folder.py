@@ -1,9 +1,9 @@
 """The folder of a run: what lies in it, whether a recipe may go on in it, and what is written once at the start.
 
-    config.yaml       the resolved recipe                manifest.json     data fingerprint, code, versions, layout
-    metrics.jsonl     one object a logged step           evaluation.jsonl  one object an evaluation
-    tokenizer.json    what made the tokens               quarantine.jsonl  samples that could not be used
-    checkpoints/      step_<n>/ and latest               examples.json     what the report shows of the last evaluation
+config.yaml       the resolved recipe                manifest.json     data fingerprint, code, versions, layout
+metrics.jsonl     one object a logged step           evaluation.jsonl  one object an evaluation
+tokenizer.json    what made the tokens               quarantine.jsonl  samples that could not be used
+checkpoints/      step_<n>/ and latest               examples.json     what the report shows of the last evaluation
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ def begin(recipe: Recipe, layout: Layout, data_fingerprint: str, resumed_step: i
         "world": layout.world,
         "code": code_revision(),
         "versions": versions(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, "
+        f"Python {platform.python_version()}",
         "starts": starts,
     }
     path.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

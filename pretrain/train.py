@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +123,8 @@ def _train(
     flops = training_flops_per_sample(recipe.model)
     if ranks.is_first:
         line.say(
-            f"{run}: {parameters / 1e6:.2f} M parameters a tensor parallel rank, {flops / 1e9:.3f} GFLOP a sample; {layout}; "
-            f"{len(dataset)} samples, {settings.steps * settings.global_batch / len(dataset):.1f} epochs"
+            f"{run}: {parameters / 1e6:.2f} M parameters a tensor parallel rank, {flops / 1e9:.3f} GFLOP a sample; "
+            f"{layout}; {len(dataset)} samples, {settings.steps * settings.global_batch / len(dataset):.1f} epochs"
             + (f"; going on from step {start}" if start else "")
         )
 
@@ -133,7 +133,7 @@ def _train(
         log = stack.enter_context(RunLog(run, start)) if ranks.is_first else None
         stop_signal = stack.enter_context(_stop_on_signal())
         clock = Clock()
-        batches = iter(loader)
+        batches = stack.enter_context(closing(iter(loader)))
         for step in range(start, stop):
             asked = time.perf_counter()
             batch = next(batches)
@@ -144,6 +144,8 @@ def _train(
             _refuse_non_finite(stepped, done, run)
             stopping = quarantine.agree(batch.corrupt, bool(stop_signal))
             last = done == stop or stopping
+            if last:
+                batches.close()  # no worker is left to fail while a job that is being ended saves
 
             if log and (done % settings.log_every == 0 or done == start + 1 or last):
                 seconds, waiting = clock.lap()
@@ -203,7 +205,7 @@ def summary(scores: dict[str, Any]) -> str:
 
 
 def _tokenizer(recipe: Recipe, dataset: Dataset, checkpoint: Checkpoint | None, ranks: Ranks) -> Tokenizer:
-    """The checkpoint's, the one the recipe names, or one trained now on the captions of the data; saved with the run."""
+    """The checkpoint's, the one the recipe names, or one trained now on the data's captions; saved with the run."""
     path = recipe.run.dir / "tokenizer.json"
     if checkpoint:
         return Tokenizer.load(checkpoint.path / "tokenizer.json")
@@ -218,7 +220,8 @@ def _tokenizer(recipe: Recipe, dataset: Dataset, checkpoint: Checkpoint | None, 
         cut = sum(made.length(caption) > context for caption in captions)
         if cut:
             print(
-                f"{cut} of {len(captions)} captions are longer than model.text.context={context} tokens and will be cut",
+                f"{cut} of {len(captions)} captions are longer than model.text.context={context} tokens "
+                "and will be cut",
                 file=sys.stderr,
             )
     dist.barrier(group=ranks.control_group)
@@ -247,8 +250,8 @@ def _refuse_non_finite(stepped: Stepped, step: int, run: Path) -> None:
     """Every rank sees the same loss and norm, so all stop together."""
     if not (math.isfinite(stepped.loss) and math.isfinite(stepped.grad_norm)):
         raise WeftError(
-            f"step {step}: loss {stepped.loss}, gradient norm {stepped.grad_norm}; lower train.lr, or raise train.warmup, "
-            f"and go on from the last checkpoint in {run / 'checkpoints'}"
+            f"step {step}: loss {stepped.loss}, gradient norm {stepped.grad_norm}; "
+            f"lower train.lr, or raise train.warmup, and go on from the last checkpoint in {run / 'checkpoints'}"
         )
 
 

@@ -62,7 +62,9 @@ def find_checkpoint(path: str | Path) -> Path:
             return candidate.resolve()
     if not path.exists():
         raise RequestError(f"no checkpoint at {path}: there is no such folder")
-    raise RequestError(f"no checkpoint in {path}: neither {DESCRIPTION} nor checkpoints/{LATEST}/{DESCRIPTION} is there")
+    raise RequestError(
+        f"no checkpoint in {path}: neither {DESCRIPTION} nor checkpoints/{LATEST}/{DESCRIPTION} is there"
+    )
 
 
 def describe(path: str | Path) -> Checkpoint:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from pretrain.models.initialise import sharded_axis
 from pretrain.parallel.engine import Engine
@@ -73,21 +74,39 @@ def _get(engine: Engine, parameter: torch.nn.Parameter, part: str) -> torch.Tens
 
 @torch.no_grad()
 def _set(engine: Engine, parameter: torch.nn.Parameter, part: str, piece: torch.Tensor) -> None:
-    import deepspeed
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
+    """Write this rank's tensor parallel piece, of which ZeRO keeps what is this rank's."""
     if engine.layout.zero == 0:
         (parameter if part == "weight" else engine.optimizer.state[parameter][part]).copy_(piece)
-    elif part != "weight":
-        safe_set_full_optimizer_state(parameter, piece, part)
-    else:
+    elif engine.layout.zero == 3:
+        _set_partition(engine, parameter, part, piece)
+    elif part == "weight":
+        from deepspeed.utils import safe_set_full_fp32_param
+
         safe_set_full_fp32_param(parameter, piece)
-        # the model's own copy, in its precision: whole on each rank, or a piece of it under ZeRO-3
-        if engine.layout.zero == 3:
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                parameter.copy_(piece)
-        else:
+        parameter.copy_(piece)  # the model's own copy, in its precision
+    else:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        safe_set_full_optimizer_state(parameter, piece, part)
+
+
+def _set_partition(engine: Engine, parameter: torch.nn.Parameter, part: str, piece: torch.Tensor) -> None:
+    """ZeRO-3: a rank keeps one of dp_size equal runs of the flat tensor, the last one padded.
+
+    Not `safe_set_full_*`: stage3.py:3196 forgets the padding.
+    """
+    import deepspeed
+    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+    size = parameter.ds_tensor.numel()
+    padded = F.pad(piece.flatten(), (0, size * engine.ranks.dp_size - piece.numel()))
+    own = padded.narrow(0, size * engine.ranks.dp_rank, size)
+    if part == "weight":
+        safe_set_local_fp32_param(parameter, own)
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             parameter.copy_(piece)
+    else:
+        safe_set_local_optimizer_state(parameter, own, part)
 
 
 def _adam(engine: Engine) -> torch.optim.Optimizer:

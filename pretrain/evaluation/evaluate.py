@@ -1,7 +1,8 @@
 """Embed a test set with all ranks and score it; also the examples that a report shows.
 
-Each data parallel rank embeds every dp_size-th batch, then all hold all embeddings and compute the same scores. The ranks
-run the model equally often, on a blank batch where one has none left: under ZeRO-3 a forward pass is a collective.
+Each data parallel rank embeds every dp_size-th batch, then all hold all embeddings and compute the same scores. The
+ranks run the model equally often, on a blank batch where one has none left: under ZeRO-3 a forward pass is a
+collective.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import hashlib
 import torch
 
 from pretrain.models.dual import DualEncoder
+from pretrain.models.towers import TextTower, VisionTower
 
 RESIDUAL_WRITERS = ("linear_proj.weight", "linear_fc2.weight")
 
@@ -32,10 +33,13 @@ def initialise(model: DualEncoder, seed: int, *, tp_rank: int = 0, tp_size: int 
 
 def sharded_axis(parameter: torch.Tensor) -> int | None:
     """The axis along which tensor parallel ranks hold pieces of this parameter, or None if each holds it whole."""
-    return parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return None
+    axis: int = parameter.partition_dim  # type: ignore[attr-defined]  # Megatron-core sets both
+    return axis
 
 
-def _tower(model: DualEncoder, name: str) -> torch.nn.Module:
+def _tower(model: DualEncoder, name: str) -> VisionTower | TextTower:
     return model.vision if name.startswith("vision") else model.text
 
 

@@ -27,6 +27,7 @@ class VisionTower(torch.nn.Module):
         self.patch, self.pool = config.patch, config.pool
         grid = config.image_size // config.patch
         self.patches = torch.nn.Linear(3 * config.patch**2, config.width, dtype=dtype)
+        self.grid: torch.Tensor
         self.positions: torch.nn.Parameter | None = None
         if config.positions == "learned":
             self.positions = torch.nn.Parameter(torch.empty(grid**2, config.width, dtype=dtype))

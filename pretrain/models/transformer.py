@@ -41,7 +41,7 @@ class Norm(torch.nn.Module):
 
 
 class CoreAttention(torch.nn.Module):
-    """softmax(q k^T / sqrt(K)) v, through our kernel. `attention_mask` is the number of keys [B] to look at, or None."""
+    """softmax(q k^T / sqrt(K)) v, through our kernel. `attention_mask`: how many keys [B] to look at, or None."""
 
     def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, **_: object) -> None:
         super().__init__()

@@ -106,20 +106,20 @@ class Engine:
     def _clip_whole_gradients(self) -> float:
         """ZeRO-0: DeepSpeed clips but keeps the norm to itself; here both, with tensor parallel pieces added up."""
         squares = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)  # of cut parameters, of whole ones
-        trained = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-        for parameter in trained:
-            squares[int(sharded_axis(parameter) is None)] += parameter.grad.double().square().sum()
+        gradients = [(each, each.grad) for each in self.model.parameters() if each.grad is not None]
+        for parameter, gradient in gradients:
+            squares[int(sharded_axis(parameter) is None)] += gradient.double().square().sum()
         dist.all_reduce(squares[:1], group=self.ranks.tp_group)
         norm = float(squares.sum().sqrt())
         if 0 < self._clip < norm:
-            for parameter in trained:
-                parameter.grad.mul_(self._clip / norm)
+            for _, gradient in gradients:
+                gradient.mul_(self._clip / norm)
         return norm
 
     def _loss(self, outputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
         """The weighted sum of all objectives, and each by itself."""
         total = torch.zeros((), device=self.ranks.device)
-        losses = {}
+        losses: dict[str, float] = {}
         for objective in self.objectives:
             loss = OBJECTIVES[objective.name](outputs, objective, self.ranks.dp_group)
             losses[objective.name] = float(loss.detach())
@@ -155,7 +155,8 @@ class Engine:
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Parameters that decay (matrices), and those that do not."""
-    decayed, others = [], []
+    decayed: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         decays = parameter.ndim >= 2 and not name.endswith(NOT_DECAYED)
         (decayed if decays else others).append(parameter)

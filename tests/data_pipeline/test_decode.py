@@ -167,11 +167,10 @@ def test_damage_is_a_data_error_or_an_image(kind: str) -> None:
             data[place] = generator.integers(256)
         try:
             image = decode_image(bytes(data))
-        except DataError as error:
-            assert "\n" not in str(error)  # one sentence
-        else:
-            assert image.dtype == np.uint8
-            assert image.shape[2] == 3
+        except DataError:
+            continue
+        assert image.dtype == np.uint8
+        assert image.shape[2] == 3
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff", b"GIF89a" + bytes(50), b"<svg/>", b"RIFF\0\0\0\0WAVE", bytes(1000)])

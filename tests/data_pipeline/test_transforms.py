@@ -121,7 +121,17 @@ def test_crops_of_odd_images(height: int, width: int) -> None:
 
 def test_draws_come_from_seed_epoch_sample_and_purpose() -> None:
     image, transform = noise(64, 64), ImageTransform(16, crop_scale=(0.2, 0.8), flip=True)
-    paths = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 10, 1), (0, 1, 1), (1, 1, 1), (-1, 0, 0), (2**63, 0, 2**61)]
+    paths = [
+        (0, 0, 0),
+        (1, 0, 0),
+        (0, 1, 0),
+        (0, 0, 1),
+        (0, 10, 1),
+        (0, 1, 1),
+        (1, 1, 1),
+        (-1, 0, 0),
+        (2**63, 0, 2**61),
+    ]
     results = [transform(image, sample_generator(*path, "crop")) for path in paths]
     for path, result in zip(paths, results, strict=True):
         assert torch.equal(transform(image, sample_generator(*path, "crop")), result)

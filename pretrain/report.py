@@ -1,0 +1,437 @@
+"""One HTML page about a run: how it stands, its curves, what it finds, what it was made of.
+
+Design choices:
+- The page is made from the run folder alone, so a folder copied from a cluster can be reported anywhere.
+- A number that is not in the folder is a dash. Scores stand beside what guessing gives, and count as above it only
+  by more than three standard errors, so that a small test set does not flatter.
+- Captions, names and reasons are hostile until escaped; `data_pipeline.page` forbids the page scripts and requests.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import math
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from data_pipeline.index import written_whole
+from data_pipeline.page import embedded, page, readable_size
+from pretrain.checkpoint.format import DESCRIPTION, LATEST, describe
+from pretrain.config import Recipe, keys_of
+from pretrain.errors import WeftError
+from pretrain.metrics import duration
+from pretrain.quarantine import QUARANTINE
+from pretrain.report_plots import STYLE as PLOT_STYLE
+from pretrain.report_plots import Curve, Figure, number_text, smoothed
+from pretrain.report_record import RunRecord, Task, Tree, number, read_run
+
+MOST_ROWS = 200  # of unusable samples
+DASH = "&ndash;"
+WORDS = {"above": "above guessing", "below": "below guessing", "at": "no better than guessing"}
+LOOKS = ("first", "second", "third")  # of the curves of a figure
+
+
+def write_report(run: Path, out: Path) -> Path:
+    """Write the page about the run in folder `run` to the file `out`; returns `out`.
+
+    Raises RequestError when `run` is no run folder, and says what is missing in it.
+    """
+    record = read_run(run)
+    name = run.resolve().name
+    sections = (_tiles, _learning, _speed, _evaluation, _examples, _unusable, _checkpoints, _settings, _environment)
+    body = "\n".join(section(record) for section in sections)
+    header = f"<header><h1>{escape(name)}</h1><p>{_verdict(record)}</p></header>"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(out) as unfinished:
+        html = page(f"{name}: run report", PLOT_STYLE + STYLE, f"{header}\n<main>\n{body}\n</main>")
+        unfinished.write_text(html, encoding="utf-8", errors="replace")
+    return out
+
+
+def _verdict(record: RunRecord) -> str:
+    """How the run stands and whether it learnt anything, in sentences."""
+    done, goal, steps = record.done, record.goal, record.recipe.train.steps
+    if not done:
+        return "No step is logged yet."
+    if done < goal:
+        says = [f"<b>Interrupted, or still running</b>: step {done:,} of {goal:,} is the last that is logged."]
+        newest = record.newest_checkpoint
+        says.append(f"It can go on from step {newest:,}." if newest else "There is no checkpoint to go on from.")
+    else:
+        asked = f" as train.stop_at asks; its schedule has {steps:,}" if goal < steps else ""
+        says = [f"<b>Finished</b>: trained to step {done:,}{asked}."]
+    loss, guess = record.last("loss"), record.guessed_loss()
+    if loss is not None and guess is not None and loss > 0.98 * guess:
+        says.append(f"Its loss, {number_text(loss)}, is no better than guessing.")
+    for verdict, words in WORDS.items():
+        found = [(task.name, task.latest[task.main]) for task in record.tasks]
+        listed = [
+            f"{name} {score.name} {_percent(score.value)} (guessing: {_percent(score.guess)})"
+            for name, score in found
+            if score.verdict == verdict
+        ]
+        says += [f"{words.capitalize()}: {', '.join(listed)}."] if listed else []
+    return " ".join(says)
+
+
+def _tiles(record: RunRecord) -> str:
+    done, seconds = record.done, record.seconds()
+    samples, epoch, loss = record.last("samples"), record.last("epoch"), record.last("loss")
+    guess, restarts = record.guessed_loss(), len(record.starts) - 1
+    since = "to the last logged step" + (f", {_count(restarts, 'pause')} left out" if restarts > 0 else "")
+    facts = [
+        _tile("Steps", f"{done:,}", f"of {record.goal:,}", _meter(done / record.goal, None)),
+        _tile(
+            "Samples", DASH if samples is None else f"{samples:,.0f}", "" if epoch is None else f"{epoch:.2f} epochs"
+        ),
+        _tile("Time", DASH if seconds is None else duration(seconds), since),
+        _tile(
+            "Final loss" if done >= record.goal else "Loss so far",
+            _text(loss),
+            "" if guess is None else f"guessing: {guess:.3f}",
+        ),
+    ]
+    html = f'<div class="tiles">{"".join(facts)}</div>'
+    if not record.tasks:
+        return html
+    step = f"step {record.evaluated_at[-1]:,.0f}"
+    return html + f'<div class="tiles wide">{"".join(_task_tile(task, step) for task in record.tasks)}</div>'
+
+
+def _tile(name: str, big: str, small: str, extra: str = "") -> str:
+    return f'<div class="tile"><h3>{name}</h3><p class="big">{big}</p><p class="small">{small}</p>{extra}</div>'
+
+
+def _task_tile(task: Task, step: str) -> str:
+    columns = "".join(
+        f'<div><p class="small">{score.name}</p><p class="big">{_percent(score.value)}</p>'
+        f'{_meter(score.value, score.guess)}<p class="small">guessing {_percent(score.guess)}</p></div>'
+        for score in task.latest
+    )
+    verdict = task.latest[task.main].verdict
+    pill = f'<span class="pill {verdict}">{WORDS[verdict]}</span>' if verdict else ""
+    return f'<div class="tile"><h3>{task.name} <i>{step}</i>{pill}</h3><div class="columns">{columns}</div></div>'
+
+
+def _meter(value: float | None, guess: float | None) -> str:
+    """A bar of a share, with a tick where guessing is."""
+    tick = "" if guess is None else f'<i style="left:{min(guess, 1):.2%}"></i>'
+    return f'<div class="meter"><b style="width:{min(value or 0, 1):.2%}"></b>{tick}</div>'
+
+
+def _learning(record: RunRecord) -> str:
+    if not record.steps:
+        return ""
+    train, objectives = record.recipe.train, record.recipe.objectives
+    norms = [norm for _, norm in record.series("grad_norm") if norm is not None]
+    spread = bool(norms) and 0 < 50 * min(norms) < max(norms)
+    clipped = bool(norms) and 0 < train.grad_clip < max(norms)
+    figures = [_figure(record, "Loss", "loss", smooth=True, level=_guessing(record.guessed_loss()))]
+    for objective in objectives if len(objectives) > 1 else ():
+        level = _guessing(math.log(train.global_batch) if objective.name == "contrastive" else None)
+        title = f"Loss of {objective.name}, unweighted"
+        figures.append(_figure(record, title, f"loss_{objective.name}", smooth=True, level=level))
+    clip = (train.grad_clip, f"clipped above {train.grad_clip:g}") if clipped else None
+    figures += [
+        _figure(record, "Gradient norm before clipping", "grad_norm", smooth=True, log=spread, level=clip),
+        _figure(record, "Learning rate", "lr", from_zero=True),
+        _figure(record, "Logit scale", "logit_scale"),
+    ]
+    return _section("Learning", f'<div class="figures large">{"".join(figures)}</div>')
+
+
+def _guessing(loss: float | None) -> tuple[float, str] | None:
+    return None if loss is None else (loss, f"guessing: {loss:.3f}")
+
+
+def _speed(record: RunRecord) -> str:
+    if not record.steps:
+        return ""
+    # medians, because the first stretch of a run holds its warming up
+    speed, tflops, mfu, wait = (record.median(name) for name in ("samples_per_s", "tflops", "mfu", "data_wait"))
+    facts = {
+        "samples a second": _text(speed),
+        "TFLOP/s a rank": _text(tflops),
+        "of the device's peak (MFU)": "not known for this device" if mfu is None else f"{mfu:.1%}",
+        "of the time waiting for data": _percent(wait),
+        "GiB peak memory of a rank": _text(record.last("memory_gib")),
+    }
+    shown = "".join(f"<div><dd>{value}</dd><dt>{name}</dt></div>" for name, value in facts.items())
+    figures = [
+        _figure(record, "Samples a second", "samples_per_s", smooth=True, from_zero=True),
+        _figure(record, "Time spent waiting for data", "data_wait", smooth=True, from_zero=True, percent=True),
+        _figure(record, "Peak memory of a rank, GiB", "memory_gib", from_zero=True),
+    ]
+    note = '<p class="small">Medians over the logged steps; memory: the last logged.</p>'
+    return _section("Speed", f'{note}<dl class="facts">{shown}</dl><div class="figures">{"".join(figures)}</div>')
+
+
+def _figure(record: RunRecord, title: str, name: str, *, smooth: bool = False, **options: Any) -> str:
+    """A number of the metrics over the steps, with the places where the run was resumed."""
+    marks = {
+        step: f"resumed from step {step:,.0f}, {_date(number(start, 'time'))}"
+        for start in record.starts
+        if (step := number(start, "step"))
+    }
+    points = record.series(name)
+    mean, width = smoothed(points) if smooth else ([], 1)
+    if width > 1:
+        curves = [Curve("each logged step", points, "faint"), Curve(f"mean of {width} neighbours", mean)]
+    else:
+        curves = [Curve("each logged step", points)]
+    return Figure(title, curves, marks=marks, **options).svg()
+
+
+def _evaluation(record: RunRecord) -> str:
+    if not record.evaluations:
+        every = record.recipe.eval.every
+        why = "data.test is not set" if record.recipe.data.test is None else f"none is logged; eval.every is {every}"
+        return _section("Evaluation", f'<p class="none">No evaluation: {why}.</p>')
+    figures, heads, rows = [], ["step"], [[f"{step:,.0f}"] for step in record.evaluated_at]
+    for task in record.tasks:
+        curves = []
+        for column, look in zip(zip(*task.history, strict=True), LOOKS, strict=False):
+            heads.append(f"{task.name} {column[0].name}")
+            values = [score.value for score in column]
+            curves.append(Curve(column[0].name, list(zip(record.evaluated_at, values, strict=True)), look))
+            for row, value in zip(rows, values, strict=True):
+                row.append(_percent(value))
+        main = task.latest[task.main]
+        level = None if main.guess is None else (main.guess, f"guessing {main.name}")
+        figures.append(Figure(task.name, curves, percent=True, from_zero=True, level=level).svg())
+    table = _table(heads, rows[::-1])
+    if len(rows) > 1:  # one dot tells nothing
+        table = f"<details><summary>All {len(rows)} evaluations</summary>{table}</details>"
+        table = f'<div class="figures">{"".join(figures)}</div>{table}'
+    return _section("Evaluation", table)
+
+
+def _examples(record: RunRecord) -> str:
+    if not record.examples:
+        return ""
+    if not record.evaluations:  # examples.json outlives a run that begins again in the same folder
+        return _section("Found pictures", '<p class="none">examples.json is of an earlier run in this folder.</p>')
+    queries, hits, shown = [], 0, 0
+    for example in record.examples:
+        listed = example.get("pictures")
+        pictures = [each for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
+        right = next((place for place, each in enumerate(pictures, 1) if each.get("right") is True), 0)
+        hits, shown = hits + (right > 0), max(shown, len(pictures))
+        result = f"right picture in place {right}" if right else f"no right picture among the nearest {len(pictures)}"
+        found = "".join(_found(place, each) for place, each in enumerate(pictures, 1))
+        queries.append(
+            f'<article><h3 dir="auto">{escape(str(example.get("caption", "")))}</h3>'
+            f'<p class="small">{result}</p><ol>{found}</ol></article>'
+        )
+    note = (
+        f'<p class="small">Captions of the test data, and the pictures nearest to each, nearest first. {hits} of '
+        f"{_count(len(queries), 'caption')} found a right picture among the nearest {shown}.</p>"
+    )
+    return _section("Found pictures", f'{note}<div class="queries">{"".join(queries)}</div>')
+
+
+def _found(place: int, picture: Tree) -> str:
+    similarity, right = number(picture, "similarity"), picture.get("right") is True
+    score = DASH if similarity is None else f"{similarity:.3f}"
+    return (
+        f'<li class="{"right" if right else "wrong"}">{_thumbnail(picture.get("jpeg"))}'
+        f'<p class="small"><b>{"&check; right" if right else place}</b> <span title="cosine similarity">{score}</span>'
+        f'</p><p class="small caption" dir="auto">{escape(str(picture.get("caption", "")))}</p></li>'
+    )
+
+
+def _thumbnail(text: Any) -> str:
+    try:
+        data = base64.b64decode(str(text), validate=True)
+    except (binascii.Error, ValueError):
+        data = b""
+    if not data.startswith(b"\xff\xd8"):
+        return '<span class="none">no picture</span>'
+    return f'<img src="{embedded("image/jpeg", data)}" alt="">'
+
+
+def _unusable(record: RunRecord) -> str:
+    if not record.unusable:
+        return ""
+    rows = [[_escaped(line.get(name)) for name in ("sample", "key", "shard", "reason")] for line in record.unusable]
+    rest = len(rows) - MOST_ROWS
+    more = f'<p class="small">and {rest:,} more in {QUARANTINE}</p>' if rest > 0 else ""
+    note = f'<p class="small">{_count(len(rows), "sample")} could not be used; others stood in.</p>'
+    return _section(
+        "Unusable samples", note + _table(["sample", "key", "shard", "reason"], rows[:MOST_ROWS], "prose") + more
+    )
+
+
+def _checkpoints(record: RunRecord) -> str:
+    folder = record.folder / "checkpoints"
+    newest = (folder / LATEST).resolve().name if (folder / LATEST).exists() else ""
+    rows = []
+    for path in sorted(folder.glob("step_*"), reverse=True):
+        name = escape(path.name) + (" <b>latest</b>" if path.name == newest else "")
+        try:
+            found = describe(path)
+        except WeftError as error:
+            rows.append([name, f'<span class="bad">{escape(str(error))}</span>', DASH, DASH, DASH])
+            continue
+        size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+        written = _date((path / DESCRIPTION).stat().st_mtime)
+        rows.append([name, f"{found.samples:,}", f"{found.parameter_count / 1e6:.2f} M", readable_size(size), written])
+    if not rows:
+        return _section("Checkpoints", '<p class="none">There is none in this folder.</p>')
+    return _section("Checkpoints", _table(["checkpoint", "samples", "parameters", "size", "written"], rows))
+
+
+def _settings(record: RunRecord) -> str:
+    changed, everything = [], []
+    for key, field in keys_of(Recipe):
+        value: Any = record.recipe
+        for part in key.split("."):
+            value = getattr(value, part)
+        if isinstance(value, BaseModel):
+            continue
+        default = None if field.is_required() else _value(field.get_default(call_default_factory=True))
+        row = [f"<code>{key}</code>", _value(value), default or "required", _escaped(field.description)]
+        everything.append(row)
+        if _value(value) != default:
+            changed.append(row)
+    heads = ["key", "value", "default", "meaning"]
+    return _section(
+        "Configuration",
+        '<p class="small">What differs from the defaults:</p>'
+        + _table(heads, changed, "prose")
+        + f"<details><summary>All {len(everything)} keys</summary>{_table(heads, everything, 'prose')}</details>",
+    )
+
+
+def _environment(record: RunRecord) -> str:
+    manifest = record.manifest
+    if not manifest:
+        return _section("Environment", '<p class="none">manifest.json is missing, or not whole.</p>')
+    facts = {"code": "code revision", "machine": "machine", "world": "ranks", "seed": "seed"}
+    rows = [[label, _escaped(manifest.get(name))] for name, label in facts.items()]
+    rows.append(["data fingerprint", _escaped(manifest.get("data_fingerprint"))])
+    versions = manifest.get("versions")
+    if isinstance(versions, dict):
+        listed = ", ".join(f"{_escaped(name)} {_escaped(version)}" for name, version in versions.items())
+        rows.append(["versions", listed])
+    starts = [
+        [_date(number(start, "time")), _escaped(start.get("step")), _escaped(start.get("layout"))]
+        for start in record.starts
+    ]
+    body = _table([], rows, "prose")
+    if starts:
+        body += f"<h3>{_count(len(starts), 'start')}</h3>" + _table(["when", "from step", "layout"], starts, "prose")
+    return _section("Environment", body)
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{title}</h2>{body}</section>"
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "numbers") -> str:
+    """Cells are HTML; a table that is too wide scrolls by itself. Of kind "prose", its last column may break anywhere."""
+    head = f"<tr>{''.join(f'<th>{name}</th>' for name in heads)}</tr>" if heads else ""
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    return f'<div class="scroll"><table class="{kind}">{head}{body}</table></div>'
+
+
+def _value(value: Any) -> str:
+    """A setting as escaped text; sections inside lists as trees."""
+    text = json.dumps(value, default=lambda each: each.model_dump() if isinstance(each, BaseModel) else str(each))
+    return escape(text.strip('"'))
+
+
+def _escaped(value: Any) -> str:
+    return DASH if value is None else escape(str(value))
+
+
+def _text(value: float | None) -> str:
+    return DASH if value is None else number_text(value)
+
+
+def _percent(value: float | None) -> str:
+    return DASH if value is None else f"{value:.1%}"
+
+
+def _date(time: float | None) -> str:
+    return DASH if time is None else datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+STYLE = """
+header p b { color: var(--ink); font-weight: 600; }
+header p { max-width: 900px; font-size: 15px; }
+main { display: grid; gap: 16px; grid-template-columns: minmax(0, 1fr); }
+h2 { margin: 0 0 12px; font-size: 16px; font-weight: 650; }
+h3 { margin: 0; font-size: 13px; font-weight: 500; color: var(--soft); overflow-wrap: anywhere; unicode-bidi: isolate; }
+h3 i { font-weight: 400; }
+section, .tile { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 16px 18px; }
+.small { margin: 0; color: var(--soft); font-size: 12px; }
+section > .small { margin-bottom: 10px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 16px; }
+.tiles.wide { grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); }
+.big { margin: 0; font-size: 30px; line-height: 1.25; font-weight: 650; letter-spacing: -.01em; }
+.columns { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(0, 1fr); gap: 18px; margin-top: 8px; }
+.columns .big { font-size: 24px; }
+.pill { float: right; padding: 0 8px; border: 1px solid currentColor; border-radius: 99px; font-size: 12px; }
+.pill.above { color: var(--good); }
+.pill.at { color: var(--warm); }
+.pill.below { color: var(--bad); }
+.meter { position: relative; height: 5px; margin: 6px 0; border-radius: 3px; background: var(--well); }
+.meter b { position: absolute; inset: 0 auto 0 0; border-radius: 3px; background: var(--label); }
+.meter i { position: absolute; top: -3px; bottom: -3px; width: 2px; margin-left: -1px; background: var(--warm); }
+.facts { display: flex; flex-wrap: wrap; gap: 8px 32px; margin: 0 0 18px; }
+.facts dd { margin: 0; font-size: 18px; font-weight: 600; }
+.facts dt { color: var(--soft); font-size: 12px; }
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); gap: 24px 28px; }
+.figures.large { grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); gap: 28px 40px; }
+.queries { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 480px), 1fr)); gap: 20px 28px; }
+article h3 { color: var(--ink); font-size: 14px; font-weight: 600; }
+ol { list-style: none; margin: 8px 0 0; padding: 0; display: grid; grid-template-columns: repeat(5, minmax(0, 1fr));
+  gap: 8px; }
+li { border: 2px solid transparent; border-radius: 8px; background: var(--well); overflow: hidden; }
+li.right { border-color: var(--good); }
+li.right b { color: var(--good); }
+li img, li > .none { display: grid; place-items: center; width: 100%; aspect-ratio: 1; object-fit: contain; }
+li .small { margin: 5px 7px; }
+li .small span { float: right; }
+.caption { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 4; overflow: hidden;
+  line-height: 1.3; font-size: 11px; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: 5px 18px 5px 0; text-align: start; vertical-align: top; border-bottom: 1px solid var(--line); }
+th { color: var(--soft); font-size: 12px; font-weight: 500; }
+td { max-width: 460px; overflow-wrap: break-word; unicode-bidi: isolate; }
+.prose td:last-child { min-width: 220px; overflow-wrap: anywhere; }
+td:first-child { white-space: nowrap; }
+tr:last-child td { border-bottom: 0; }
+td .bad { padding: 0; }
+code { font: 12.5px ui-monospace, monospace; overflow-wrap: normal; }
+details { margin-top: 12px; }
+summary { cursor: pointer; color: var(--label); margin-bottom: 8px; }
+section h3 { margin: 14px 0 4px; }
+article h3 { margin: 0; }
+@media (min-width: 1000px) { .figures.large .plot text { font-size: 9px; } }
+@media (max-width: 560px) {
+  body { padding: 18px 12px 32px; }
+  section, .tile { padding: 12px; }
+  .tiles, .tiles.wide { gap: 10px; }
+  .tiles { grid-template-columns: 1fr 1fr; }
+  .tiles.wide { grid-template-columns: minmax(0, 1fr); }
+  .big { font-size: 24px; }
+  .columns { gap: 12px; }
+  .columns .big { font-size: 20px; }
+  ol { gap: 4px; }
+  li .small span { float: none; }
+}
+"""

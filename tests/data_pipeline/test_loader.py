@@ -1,0 +1,419 @@
+"""The loader: one sequence of global batches, whatever ranks, workers, restarts and corrupt samples there are."""
+
+import dataclasses
+import gc
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+
+from data_pipeline.errors import DataError
+from data_pipeline.loader import ATTEMPTS, HELD, PREFETCH, Batch, BatchMaker, Corrupt, Loader, sequential_batches
+from data_pipeline.order import Order
+from data_pipeline.reader import Dataset, open_dataset
+from data_pipeline.sample import Sample
+from data_pipeline.shards import write_shards
+from data_pipeline.transforms import ImageTransform, TextTransform
+
+SAMPLES, SEED, SIZE, CONTEXT = 37, 11, 16, 24
+BAD = {3: "truncated", 8: "no image", 17: "garbage", 18: "no caption", 30: "not UTF-8"}
+
+
+class Letters:
+    """Text -> its code points."""
+
+    def encode(self, text: str, context: int) -> np.ndarray:
+        return np.array([ord(letter) for letter in text.ljust(context)[:context]], np.int32)
+
+
+def jpeg(number: int) -> bytes:
+    generator = np.random.default_rng(number)
+    file = io.BytesIO()
+    pixels = generator.integers(0, 255, size=(20 + number % 7, 20 + number % 5, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def good(number: int) -> Sample:
+    return Sample(f"s{number:03d}", {"jpg": jpeg(number), "txt": f"caption {number}".encode()})
+
+
+def partly_bad(number: int) -> Sample:
+    sample = good(number)
+    what = BAD.get(number)
+    if what == "truncated":
+        sample.fields["jpg"] = sample.fields["jpg"][:-200]
+    elif what == "garbage":
+        sample.fields["jpg"] = b"<html>404</html>"
+    elif what == "no image":
+        del sample.fields["jpg"]
+    elif what == "no caption":
+        del sample.fields["txt"]
+    elif what == "not UTF-8":
+        sample.fields["txt"] = b"caf\xe9"
+    return sample
+
+
+def all_bad(number: int) -> Sample:
+    return Sample(f"s{number}", {"jpg": b"\xff\xd8 no image", "txt": b"a caption"})
+
+
+def many_captions(number: int) -> Sample:
+    captions = [f"{number} {letter}" for letter in "abcd"]
+    fields = {"jpg": jpeg(number), "txt": b"unused", "json": json.dumps({"captions": captions}).encode()}
+    return Sample(f"s{number}", fields)
+
+
+@pytest.fixture(scope="module")
+def write(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    def write(make: Callable[[int], Sample], samples: int = SAMPLES) -> Path:
+        folder = tmp_path_factory.mktemp("data") / "shards"
+        write_shards(samples, make, folder, samples_per_shard=10, processes=0)
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def dataset(write: Callable[..., Path]) -> Dataset:
+    return open_dataset(write(good))
+
+
+@pytest.fixture(scope="module")
+def bad_dataset(write: Callable[..., Path]) -> Dataset:
+    return open_dataset(write(partly_bad))
+
+
+def maker_of(dataset: Dataset, training: bool = True, seed: int = SEED) -> BatchMaker:
+    image = ImageTransform(SIZE, crop_scale=(0.4, 1.0), flip=True)
+    return BatchMaker(dataset, image, TextTransform(Letters(), CONTEXT), seed, training)
+
+
+def loader_of(dataset: Dataset, **options: Any) -> Loader:
+    return Loader(maker_of(dataset), Order(len(dataset), SEED), **{"global_batch": 12, "stop_step": 8} | options)
+
+
+def joined(batches: list[Batch]) -> Batch:
+    names = ("image", "text", "sample", "position")
+    tensors = (torch.cat([getattr(batch, name) for batch in batches]) for name in names)
+    return Batch(*tensors, [corrupt for batch in batches for corrupt in batch.corrupt])
+
+
+def global_batches(dataset: Dataset, world: int = 1, workers: int = 0, **options: Any) -> list[Batch]:
+    ranks = [list(loader_of(dataset, rank=rank, world=world, workers=workers, **options)) for rank in range(world)]
+    return [joined(list(shares)) for shares in zip(*ranks, strict=True)]
+
+
+def assert_same(one: list[Batch], other: list[Batch]) -> None:
+    assert len(one) == len(other)
+    for ours, theirs in zip(one, other, strict=True):
+        for name in ("image", "text", "sample", "position"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+        assert ours.corrupt == theirs.corrupt
+
+
+def text_of(row: torch.Tensor) -> str:
+    return "".join(map(chr, row.tolist())).rstrip()
+
+
+def test_shapes_and_what_is_in_a_row(dataset: Dataset) -> None:
+    batch = next(iter(loader_of(dataset)))
+    assert len(batch) == 12
+    assert batch.image.shape == (12, 3, SIZE, SIZE)
+    assert batch.image.dtype == torch.uint8
+    assert batch.image.is_contiguous(memory_format=torch.channels_last)
+    assert batch.text.shape == (12, CONTEXT)
+    assert (batch.text.dtype, batch.sample.dtype, batch.position.dtype) == (torch.int64,) * 3
+    assert batch.position.tolist() == list(range(12))
+    assert batch.corrupt == []
+    for text, sample in zip(batch.text, batch.sample.tolist(), strict=True):
+        assert text_of(text) == f"caption {sample}"
+    part = batch.rows(slice(3, 7))
+    assert torch.equal(part.image, batch.image[3:7])
+    assert len(part) == 4
+    assert torch.equal(batch.to("cpu").text, batch.text)
+
+
+@pytest.mark.parametrize("missing", ["image", "text"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_modality_that_is_not_asked_for(dataset: Dataset, missing: str, workers: int) -> None:
+    maker = maker_of(dataset)
+    setattr(maker, missing, None)
+    batches = list(Loader(maker, Order(SAMPLES, SEED), global_batch=12, stop_step=3, workers=workers))
+    assert batches[2].image.shape == ((12, 3, 0, 0) if missing == "image" else (12, 3, SIZE, SIZE))
+    assert batches[2].text.shape == ((12, 0) if missing == "text" else (12, CONTEXT))
+    assert batches[2].sample.tolist() == Order(SAMPLES, SEED).sample_ids(np.arange(24, 36)).tolist()
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_global_batches_do_not_depend_on_ranks_and_workers(bad_dataset: Dataset, world: int, workers: int) -> None:
+    expected = global_batches(bad_dataset)
+    assert any(batch.corrupt for batch in expected)
+    assert_same(global_batches(bad_dataset, world, workers), expected)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("start", [0, 1, 3, 7, 8])
+def test_resuming_gives_the_tail(bad_dataset: Dataset, start: int, workers: int) -> None:
+    loader = loader_of(bad_dataset, start_step=start, workers=workers)
+    assert len(loader) == 8 - start
+    assert_same(list(loader), global_batches(bad_dataset)[start:])
+    assert_same(list(loader), global_batches(bad_dataset)[start:])  # and again from the same object
+
+
+def test_an_epoch_reads_every_sample_once_across_its_border(dataset: Dataset) -> None:
+    batches = global_batches(dataset, world=2, workers=1, global_batch=10, stop_step=12)
+    samples = torch.cat([batch.sample for batch in batches]).tolist()
+    epochs = [samples[start : start + SAMPLES] for start in range(0, 3 * SAMPLES, SAMPLES)]
+    assert all(Counter(epoch) == Counter(range(SAMPLES)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_a_sample_is_cropped_anew_in_each_epoch_and_by_seed(dataset: Dataset) -> None:
+    maker, other = maker_of(dataset), maker_of(dataset, seed=SEED + 1)
+    sample = np.array([5])
+    first, second = maker(np.array([0]), sample), maker(np.array([SAMPLES]), sample)
+    assert not torch.equal(first.image, second.image)
+    assert not torch.equal(first.image, other(np.array([0]), sample).image)
+    assert torch.equal(first.image, maker(np.array([SAMPLES - 1]), sample).image)  # the place in the epoch is no matter
+
+
+def test_evaluation_draws_nothing(dataset: Dataset) -> None:
+    maker = maker_of(dataset, training=False)
+    assert torch.equal(maker(np.array([0]), np.array([5])).image, maker(np.array([99]), np.array([5])).image)
+
+
+def test_corrupt_samples_are_replaced_and_named(bad_dataset: Dataset) -> None:
+    batch = joined(global_batches(bad_dataset))  # 96 positions: two epochs and more
+    order = Order(SAMPLES, SEED).sample_ids(np.arange(96))
+    expected = [sample for sample in order.tolist() if sample in BAD]
+    named = [corrupt.sample for corrupt in batch.corrupt]
+    assert set(named) == set(BAD)
+    assert len(named) >= len(expected)  # a replacement may be corrupt too
+    for corrupt in batch.corrupt:
+        assert corrupt.key == f"s{corrupt.sample:03d}"
+        assert corrupt.shard == f"shard-{corrupt.sample // 10:06d}.tar"
+    reasons = {corrupt.sample: corrupt.reason for corrupt in batch.corrupt}
+    assert "damaged JPEG" in reasons[3]
+    assert reasons[8] == "it has no image"
+    assert "not a JPEG" in reasons[17]
+    assert reasons[18] == "it has no caption"
+    assert "not UTF-8" in reasons[30]
+    maker = maker_of(bad_dataset)
+    for row, (planned, used) in enumerate(zip(order.tolist(), batch.sample.tolist(), strict=True)):
+        assert used not in BAD
+        assert used == planned or planned in BAD
+        alone = maker(np.array([row // SAMPLES * SAMPLES]), np.array([used]))
+        assert torch.equal(batch.image[row], alone.image[0])
+        assert text_of(batch.text[row]) == f"caption {used}"
+
+
+def test_a_seed_chooses_the_replacements(bad_dataset: Dataset) -> None:
+    positions, samples = np.arange(20), np.full(20, 3)
+    chosen = [maker_of(bad_dataset, seed=seed)(positions, samples).sample.tolist() for seed in (1, 1, 2)]
+    assert chosen[0] == chosen[1] != chosen[2]
+    assert len(set(chosen[0])) > 5  # one bad sample does not make one other sample frequent
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_data_set_beyond_repair_is_one_sentence(write: Callable[..., Path], workers: int) -> None:
+    dataset = open_dataset(write(all_bad, samples=24))
+    with pytest.raises(DataError, match=f"^{ATTEMPTS} samples in a row of .*damaged JPEG") as caught:
+        list(loader_of(dataset, workers=workers))
+    assert "\n" not in str(caught.value)
+    assert "worker" not in str(caught.value)
+
+
+def test_one_of_several_captions_by_seed_and_epoch(write: Callable[..., Path]) -> None:
+    dataset = open_dataset(write(many_captions))
+    batch = joined(global_batches(dataset, world=2, workers=1, stop_step=31))  # ten epochs
+    drawn: dict[int, list[str]] = {sample: [] for sample in range(SAMPLES)}
+    for text, sample in zip(batch.text, batch.sample.tolist(), strict=True):
+        number, letter = text_of(text).split()
+        assert int(number) == sample
+        drawn[sample].append(letter)
+    letters = Counter(letter for some in drawn.values() for letter in some)
+    assert set(letters) == set("abcd")
+    assert min(letters.values()) > 60  # of 372; 93 on average
+    assert sum(len(set(some)) > 1 for some in drawn.values()) >= SAMPLES - 1
+    evaluated = list(sequential_batches(maker_of(dataset, training=False), SAMPLES, 8))
+    assert {text_of(text)[-1] for batch in evaluated for text in batch.text} == {"a"}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_truncated_shard_is_the_same_error_from_a_worker(write: Callable[..., Path], workers: int) -> None:
+    folder = write(good)
+    dataset = open_dataset(folder)
+    dataset.read(0), dataset.read(15), dataset.read(25), dataset.read(35)  # the tables are loaded
+    os.truncate(folder / "shard-000001.tar", 1000)
+    with pytest.raises(DataError, match=r"shard-000001\.tar is truncated") as caught:
+        list(loader_of(dataset, workers=workers))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_missing_shard_is_the_same_error_from_a_worker(write: Callable[..., Path], workers: int) -> None:
+    folder = write(good)
+    dataset = open_dataset(folder)
+    (folder / "shard-000002.tar").unlink()
+    with pytest.raises(FileNotFoundError, match=r"shard-000002\.tar"):
+        list(loader_of(dataset, workers=workers))
+
+
+def test_batches_that_are_kept_stay_as_they_are(dataset: Dataset) -> None:
+    """More than there are slots: no batch may be written over while somebody holds a part of it."""
+    steps = 3 * (2 * PREFETCH + HELD)
+    kept = list(loader_of(dataset, workers=2, stop_step=steps))
+    assert_same(kept, global_batches(dataset, stop_step=steps))
+    parts, whole = [], global_batches(dataset, stop_step=steps)
+    for batch in loader_of(dataset, workers=2, stop_step=steps):
+        parts.append(batch.rows(slice(2, 3)).image[0, 1])  # a view of a view of a view
+    gc.collect()
+    assert all(torch.equal(part, batch.image[2, 1]) for part, batch in zip(parts, whole, strict=True))
+
+
+def test_memory_is_used_again(dataset: Dataset) -> None:
+    places = {batch.image.data_ptr() for batch in loader_of(dataset, workers=2, stop_step=40)}
+    assert len(places) <= 2 * PREFETCH + HELD
+
+
+def test_leaving_early_ends_the_workers(dataset: Dataset) -> None:
+    before = set(psutil.Process().children())
+    batches = iter(loader_of(dataset, workers=2, stop_step=10_000))
+    kept = next(batches)
+    workers = [process for process in psutil.Process().children() if process not in before]
+    assert len(workers) == 2
+    del batches
+    gc.collect()
+    assert psutil.wait_procs(workers, timeout=10)[1] == []
+    assert_same([kept], global_batches(dataset, stop_step=1))  # memory outlives the loader
+    assert_no_segment_of([os.getpid(), *(process.pid for process in workers)])
+
+
+def test_no_more_workers_than_batches(dataset: Dataset) -> None:
+    before = len(psutil.Process().children())
+    batches = iter(loader_of(dataset, workers=5, stop_step=1))
+    assert len(next(batches)) == 12
+    assert len(psutil.Process().children()) - before <= 1
+    assert list(loader_of(dataset, workers=2, start_step=8)) == []
+
+
+TRAINER = """
+import sys, time
+import numpy as np
+from data_pipeline.loader import BatchMaker, Loader
+from data_pipeline.order import Order
+from data_pipeline.reader import open_dataset
+from data_pipeline.transforms import ImageTransform, TextTransform
+
+class Long:  # more than a pipe holds
+    def encode(self, text, context):
+        return np.zeros(context, np.int32)
+
+dataset = open_dataset(sys.argv[1])
+maker = BatchMaker(dataset, ImageTransform(32), TextTransform(Long(), 5000), 0, training=True)
+for number, batch in enumerate(Loader(maker, Order(len(dataset), 0), global_batch=12, workers=2, stop_step=10**9)):
+    if number == 3:
+        print("ready", flush=True)
+        time.sleep(float(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("sleep", [0, 600])
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
+def test_workers_end_with_the_trainer(dataset: Dataset, ending: signal.Signals, sleep: float) -> None:
+    """Ctrl-C (to the whole process group, as a terminal does) and the out-of-memory killer."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-c", TRAINER, str(dataset.folder), str(sleep)]
+    trainer = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, start_new_session=True
+    )
+    workers: list[psutil.Process] = []
+    try:
+        assert trainer.stdout is not None
+        assert trainer.stdout.readline() == b"ready\n"
+        workers = psutil.Process(trainer.pid).children()
+        assert len(workers) == 2
+        if ending is signal.SIGINT:
+            os.killpg(trainer.pid, ending)
+        else:
+            trainer.send_signal(ending)
+        assert trainer.wait(timeout=30) == -ending
+        assert psutil.wait_procs(workers, timeout=30)[1] == []
+        assert_no_segment_of([trainer.pid, *(worker.pid for worker in workers)])
+    finally:
+        trainer.kill()
+        for worker in workers:
+            if worker.is_running():
+                worker.kill()
+        trainer.communicate()
+
+
+def assert_no_segment_of(processes: list[int]) -> None:
+    """No file of torch's shared memory (torch_PID_...) is left."""
+    shared = Path("/dev/shm")
+    names = [path.name for path in shared.iterdir()] if shared.is_dir() else []
+    assert [name for name in names if any(f"_{process}_" in name for process in processes)] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"global_batch": 0}, "global batch 0 does not fit a data set of 37 samples"),
+        ({"global_batch": 38}, "global batch 38 does not fit a data set of 37 samples"),
+        ({"global_batch": 12, "world": 5}, "global batch 12 does not divide by 5 ranks: give 10 or 15"),
+        ({"global_batch": 2, "world": 3}, "global batch 2 does not divide by 3 ranks: give 3 or 3"),
+        ({"world": 2, "rank": 2}, "rank 2 of 2 ranks"),
+        ({"rank": -1}, "rank -1 of 1 ranks"),
+        ({"workers": -1}, "workers is -1"),
+    ],
+)
+def test_what_does_not_fit_is_refused(dataset: Dataset, options: dict[str, int], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        loader_of(dataset, **options)
+
+
+def test_an_order_of_another_data_set_is_refused(dataset: Dataset) -> None:
+    with pytest.raises(ValueError, match="the order is of 36 samples, the data set of 37"):
+        Loader(maker_of(dataset), Order(36, 0), global_batch=4, stop_step=1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("samples", [SAMPLES, 16, 3, 0])
+def test_evaluation_covers_each_sample_once(dataset: Dataset, samples: int, world: int, workers: int) -> None:
+    maker = maker_of(dataset, training=False)
+    ranks = [list(sequential_batches(maker, samples, 8, rank, world, workers)) for rank in range(world)]
+    for rank, batches in enumerate(ranks):
+        numbers = range(rank, -(-samples // 8), world)
+        assert [batch.sample.tolist() for batch in batches] == [
+            list(range(8 * number, min(8 * number + 8, samples))) for number in numbers
+        ]
+    alone = joined([*sequential_batches(maker, SAMPLES, 64)])
+    for batch in (batch for batches in ranks for batch in batches):
+        assert torch.equal(batch.image, alone.image[batch.sample])
+        assert torch.equal(batch.text, alone.text[batch.sample])
+
+
+def test_evaluation_of_more_than_there_is_is_refused(dataset: Dataset) -> None:
+    with pytest.raises(ValueError, match="38 samples asked of"):
+        list(sequential_batches(maker_of(dataset), SAMPLES + 1, 8))
+
+
+def test_corrupt_is_plain_data() -> None:
+    corrupt = Corrupt(3, "s003", "shard-000000.tar", "damaged")
+    assert json.loads(json.dumps(dataclasses.asdict(corrupt)))["reason"] == "damaged"
