@@ -11,10 +11,10 @@ import json
 import os
 import shlex
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -42,6 +42,9 @@ Overrides = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
 
+# What a command line that does not parse raises. Its home has moved from click into typer; this is it in both.
+USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
+
 
 @weft.command()
 def train(
@@ -56,8 +59,7 @@ def train(
 
     resolved = load_recipe(recipe, overrides or [])
     arguments = ["train", recipe, *(overrides or [])]
-    under_launcher = "TORCHELASTIC_RUN_ID" in os.environ or "WORLD_SIZE" in os.environ
-    if nproc > 1 and not under_launcher:
+    if nproc > 1 and not _under_launcher():
         check(resolved, nproc)  # one sentence here instead of one from each rank
         raise typer.Exit(launch([*arguments, "--nproc", str(nproc)], nproc))
     end_with_launcher()
@@ -175,23 +177,38 @@ def bench_data(json_: Json = False) -> None:
 
 
 @bench.command("step")
-def bench_step(json_: Json = False) -> None:
+def bench_step(
+    overrides: Overrides = None,
+    recipe: Annotated[str, typer.Option(help="Whose model, batch, precision and layout to measure.")] = "quickstart",
+    nproc: Annotated[int, typer.Option(min=1, help="Ranks to start on this machine.")] = 1,
+    json_: Json = False,
+) -> None:
     """The training step against the same model in plain torch with SDPA and DDP, in one run."""
+    from pretrain.config import load_recipe
+    from pretrain.launch import launch
+
+    resolved = load_recipe(recipe, overrides or [])
+    if nproc > 1 and not _under_launcher():
+        flags = ["--recipe", recipe, "--nproc", str(nproc), *(["--json"] if json_ else [])]
+        raise typer.Exit(launch(["bench", "step", *(overrides or []), *flags], nproc))
     from pretrain.bench import bench_training_step
 
-    result = bench_training_step()
-    print(json.dumps(result.as_dict()) if json_ else str(result))
+    result = bench_training_step(resolved)
+    if result is not None:
+        print(json.dumps(result.as_dict()) if json_ else str(result))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line; returns the exit code. A user's mistake is one sentence on stderr."""
+    # what libraries tell each other of deprecated names is not the user's to mend
+    warnings.filterwarnings("ignore", module=r"(megatron|deepspeed|torch)\.")
     try:
-        code = weft(arguments, standalone_mode=False)
+        code = weft(arguments, prog_name="weft", standalone_mode=False)
         return int(code or 0)
-    except click.ClickException as error:
-        error.show()
-        return 2
-    except (click.Abort, KeyboardInterrupt):
+    except USAGE_ERROR as error:
+        sentence = _usage_sentence(error)
+        return _fail(sentence, 2) if sentence else 2  # a bare `weft` has been answered with its help
+    except (typer.Abort, KeyboardInterrupt):
         return _fail("interrupted", 130)
     except WeftError as error:
         return _fail(str(error), error.exit_code)
@@ -206,10 +223,21 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(str(error), 1 if isinstance(error, DataError) else 2)
 
 
+def _under_launcher() -> bool:
+    """Whether torchrun, SLURM or our own launcher has started this process as one of several ranks."""
+    return "WORLD_SIZE" in os.environ
+
+
 def _fail(sentence: str, code: int) -> int:
     if os.environ.get("RANK", "0") == "0":
         print(f"weft: {sentence}", file=sys.stderr)
     return code
+
+
+def _usage_sentence(error: Any) -> str:
+    """What is wrong with the command line, and which help says what would be right."""
+    told = " ".join(error.format_message().split()).rstrip(".")
+    return f"{told}: see {error.ctx.command_path} --help" if told and error.ctx else told
 
 
 def _sentence(error: OSError) -> str:

@@ -21,12 +21,13 @@ from pydantic_core import ErrorDetails
 from pretrain.errors import RequestError
 
 RECIPES = Path(__file__).parent / "recipes"
+VOCABULARY_MULTIPLE = 128  # a token table has a multiple of so many rows, to divide over tensor parallel ranks
 
 
 class Section(BaseModel):
     """A frozen part of the tree that refuses keys it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Run(Section):
@@ -173,6 +174,13 @@ class Recipe(Section):
     eval: Eval = Field(default_factory=lambda: Eval(), description="when and how to evaluate")
 
     @model_validator(mode="after")
+    def _objectives_differ(self) -> Recipe:
+        names = [objective.name for objective in self.objectives]
+        if len(set(names)) < len(names):
+            raise ValueError(f"objectives are {names}, but each may stand there once: give it the sum of the weights")
+        return self
+
+    @model_validator(mode="after")
     def _warmup_fits(self) -> Recipe:
         if self.train.warmup >= self.train.steps:
             raise ValueError(f"train.warmup is {self.train.warmup}, but train.steps is only {self.train.steps}")
@@ -199,7 +207,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise RequestError(f"{name}: " + "; ".join(_sentence(detail) for detail in error.errors())) from None
+        raise RequestError(f"{name}: " + "; ".join(map(_sentence, _causes(error.errors())))) from None
 
 
 def keys_of(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -248,6 +256,16 @@ def _lay_over(tree: dict[str, Any], override: str) -> None:
         raise RequestError(f"override {override!r}: the value is not YAML ({' '.join(str(error).split())})") from None
 
 
+def _causes(details: list[ErrorDetails]) -> list[ErrorDetails]:
+    """Without what only follows from an error further down: a list is not too short because its element is wrong."""
+    places = [detail["loc"] for detail in details]
+    return [
+        detail
+        for detail in details
+        if not any(len(place) > len(detail["loc"]) and place[: len(detail["loc"])] == detail["loc"] for place in places)
+    ]
+
+
 def _sentence(detail: ErrorDetails) -> str:
     dotted = ".".join(str(part) for part in detail["loc"])
     match detail["type"]:
@@ -255,6 +273,8 @@ def _sentence(detail: ErrorDetails) -> str:
             return f"unknown key {dotted!r}" + _nearest(dotted)
         case "missing":
             return f"key {dotted!r} has no value and no default"
+        case "model_type":
+            return f"{dotted or 'a recipe'} is {detail['input']!r}, but it is a section: give its keys"
         case "value_error":
             return f"{dotted}: {detail['ctx']['error']}" if dotted else str(detail["ctx"]["error"])
         case _:
@@ -265,6 +285,9 @@ def _sentence(detail: ErrorDetails) -> str:
 
 def _nearest(dotted: str) -> str:
     known = [key for key, _ in keys_of(Recipe)]
+    section = dotted.rpartition(".")[0]
+    if section.startswith("objectives."):
+        known = [f"{section}.{name}" for name in Objective.model_fields]
     close = difflib.get_close_matches(dotted, known, n=1, cutoff=0.5)
     leaf = dotted.rpartition(".")[2]
     same_leaf = [key for key in known if key.rpartition(".")[2] == leaf]

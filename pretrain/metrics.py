@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-METRICS, EVALUATION = "metrics.jsonl", "evaluation.jsonl"
+METRICS, EVALUATION, EXAMPLES = "metrics.jsonl", "evaluation.jsonl", "examples.json"
 
 
 class RunLog:
@@ -29,8 +29,9 @@ class RunLog:
     def __init__(self, run: Path, resumed_step: int) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        for name in (METRICS, EVALUATION):
-            _cut_back(run / name, resumed_step)
+        _cut_back(run / METRICS, resumed_step)
+        if _cut_back(run / EVALUATION, resumed_step) or not resumed_step:
+            (run / EXAMPLES).unlink(missing_ok=True)  # they are of an evaluation that no longer counts
         self._metrics = (run / METRICS).open("a", encoding="utf-8")
         self._evaluation = (run / EVALUATION).open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_step + 1)
@@ -136,9 +137,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _cut_back(path: Path, step: int) -> None:
-    kept = [line for line in read_lines(path) if line["step"] <= step]
+def _cut_back(path: Path, step: int) -> int:
+    """Drop the lines after `step`; returns how many those were."""
+    lines = read_lines(path)
+    kept = [line for line in lines if line["step"] <= step]
     path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    return len(lines) - len(kept)
 
 
 def _append(file: Any, line: dict[str, Any]) -> None:

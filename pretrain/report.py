@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from html import escape
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from pretrain.report_plots import STYLE as PLOT_STYLE
 from pretrain.report_plots import Curve, Figure, number_text, smoothed
 from pretrain.report_record import RunRecord, Task, Tree, number, read_run
 
+NO_BETTER = 0.98  # of the loss of guessing: a loss above it has taught nothing worth the name
 MOST_ROWS = 200  # of unusable samples
 DASH = "&ndash;"
 WORDS = {"above": "above guessing", "below": "below guessing", "at": "no better than guessing"}
@@ -68,7 +70,7 @@ def _verdict(record: RunRecord) -> str:
         asked = f" as train.stop_at asks; its schedule has {steps:,}" if goal < steps else ""
         says = [f"<b>Finished</b>: trained to step {done:,}{asked}."]
     loss, guess = record.last("loss"), record.guessed_loss()
-    if loss is not None and guess is not None and loss > 0.98 * guess:
+    if loss is not None and guess is not None and loss > NO_BETTER * guess:
         says.append(f"Its loss, {number_text(loss)}, is no better than guessing.")
     for verdict, words in WORDS.items():
         found = [(task.name, task.latest[task.main]) for task in record.tasks]
@@ -84,19 +86,13 @@ def _verdict(record: RunRecord) -> str:
 def _tiles(record: RunRecord) -> str:
     done, seconds = record.done, record.seconds()
     samples, epoch, loss = record.last("samples"), record.last("epoch"), record.last("loss")
-    guess, restarts = record.guessed_loss(), len(record.starts) - 1
+    guess, restarts = _guessing(record.guessed_loss()), len(record.starts) - 1
     since = "to the last logged step" + (f", {_count(restarts, 'pause')} left out" if restarts > 0 else "")
     facts = [
         _tile("Steps", f"{done:,}", f"of {record.goal:,}", _meter(done / record.goal, None)),
-        _tile(
-            "Samples", DASH if samples is None else f"{samples:,.0f}", "" if epoch is None else f"{epoch:.2f} epochs"
-        ),
+        _tile("Samples", _text(samples), "" if epoch is None else f"{epoch:.2f} epochs"),
         _tile("Time", DASH if seconds is None else duration(seconds), since),
-        _tile(
-            "Final loss" if done >= record.goal else "Loss so far",
-            _text(loss),
-            "" if guess is None else f"guessing: {guess:.3f}",
-        ),
+        _tile("Final loss" if done >= record.goal else "Loss so far", _text(loss), "" if guess is None else guess[1]),
     ]
     html = f'<div class="tiles">{"".join(facts)}</div>'
     if not record.tasks:
@@ -240,10 +236,11 @@ def _examples(record: RunRecord) -> str:
 def _found(place: int, picture: Tree) -> str:
     similarity, right = number(picture, "similarity"), picture.get("right") is True
     score = DASH if similarity is None else f"{similarity:.3f}"
+    rank = "&check; right" if right else str(place)
     return (
         f'<li class="{"right" if right else "wrong"}">{_thumbnail(picture.get("jpeg"))}'
-        f'<p class="small"><b>{"&check; right" if right else place}</b> <span title="cosine similarity">{score}</span>'
-        f'</p><p class="small caption" dir="auto">{escape(str(picture.get("caption", "")))}</p></li>'
+        f'<p class="small score"><b>{rank}</b> <span title="cosine similarity">{score}</span></p>'
+        f'<p class="small caption" dir="auto">{escape(str(picture.get("caption", "")))}</p></li>'
     )
 
 
@@ -336,16 +333,23 @@ def _section(title: str, body: str) -> str:
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "numbers") -> str:
-    """Cells are HTML; a table that is too wide scrolls by itself. Of kind "prose", its last column may break anywhere."""
-    head = f"<tr>{''.join(f'<th>{name}</th>' for name in heads)}</tr>" if heads else ""
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table class="{kind}">{head}{body}</table></div>'
+    """Cells are HTML; a table of numbers scrolls when it is too wide, one of prose becomes a list on a phone."""
+    head = f"<thead><tr>{''.join(f'<th>{name}</th>' for name in heads)}</tr></thead>" if heads else ""
+    names = [f' data-head="{name}"' for name in heads[1:]]
+    body = "".join(
+        "<tr>"
+        + "".join(f"<td{name}>{cell}</td>" for name, cell in zip_longest(["", *names], row, fillvalue=""))
+        + "</tr>"
+        for row in rows
+    )
+    return f'<div class="scroll"><table class="{kind}">{head}<tbody>{body}</tbody></table></div>'
 
 
 def _value(value: Any) -> str:
-    """A setting as escaped text; sections inside lists as trees."""
-    text = json.dumps(value, default=lambda each: each.model_dump() if isinstance(each, BaseModel) else str(each))
-    return escape(text.strip('"'))
+    """A setting as escaped text: strings and paths as they are, the rest as JSON."""
+    if isinstance(value, str | Path):
+        return escape(str(value))
+    return escape(json.dumps(value, default=lambda each: each.model_dump(mode="json"), ensure_ascii=False))
 
 
 def _escaped(value: Any) -> str:
@@ -382,8 +386,9 @@ section > .small { margin-bottom: 10px; }
 .tiles.wide { grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); }
 .big { margin: 0; font-size: 30px; line-height: 1.25; font-weight: 650; letter-spacing: -.01em; }
 .columns { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(0, 1fr); gap: 18px; margin-top: 8px; }
-.columns .big { font-size: 24px; }
-.pill { float: right; padding: 0 8px; border: 1px solid currentColor; border-radius: 99px; font-size: 12px; }
+.columns .big { font-size: 24px; white-space: nowrap; }
+.tiles.wide h3 { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 6px; }
+.pill { margin-left: auto; padding: 0 8px; border: 1px solid currentColor; border-radius: 99px; font-size: 12px; }
 .pill.above { color: var(--good); }
 .pill.at { color: var(--warm); }
 .pill.below { color: var(--bad); }
@@ -394,8 +399,8 @@ section > .small { margin-bottom: 10px; }
 .facts dd { margin: 0; font-size: 18px; font-weight: 600; }
 .facts dt { color: var(--soft); font-size: 12px; }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); gap: 24px 28px; }
-.figures.large { grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); gap: 28px 40px; }
-.queries { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 480px), 1fr)); gap: 20px 28px; }
+.figures.large, .queries { display: grid; grid-template-columns: minmax(0, 1fr); gap: 28px 40px; }
+@media (min-width: 860px) { .figures.large, .queries { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
 article h3 { color: var(--ink); font-size: 14px; font-weight: 600; }
 ol { list-style: none; margin: 8px 0 0; padding: 0; display: grid; grid-template-columns: repeat(5, minmax(0, 1fr));
   gap: 8px; }
@@ -404,16 +409,19 @@ li.right { border-color: var(--good); }
 li.right b { color: var(--good); }
 li img, li > .none { display: grid; place-items: center; width: 100%; aspect-ratio: 1; object-fit: contain; }
 li .small { margin: 5px 7px; }
-li .small span { float: right; }
+li .score { display: flex; flex-wrap: wrap; justify-content: space-between; }
 .caption { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 4; overflow: hidden;
   line-height: 1.3; font-size: 11px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: 5px 18px 5px 0; text-align: start; vertical-align: top; border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-size: 12px; font-weight: 500; }
-td { max-width: 460px; overflow-wrap: break-word; unicode-bidi: isolate; }
-.prose td:last-child { min-width: 220px; overflow-wrap: anywhere; }
-td:first-child { white-space: nowrap; }
+td { unicode-bidi: isolate; }
+.numbers td { white-space: nowrap; }
+.numbers td .bad { white-space: normal; }
+.prose td { max-width: 460px; overflow-wrap: break-word; }
+.prose td:first-child { white-space: nowrap; }
+.prose td:last-child { min-width: 220px; max-width: 900px; overflow-wrap: anywhere; }
 tr:last-child td { border-bottom: 0; }
 td .bad { padding: 0; }
 code { font: 12.5px ui-monospace, monospace; overflow-wrap: normal; }
@@ -432,6 +440,12 @@ article h3 { margin: 0; }
   .columns { gap: 12px; }
   .columns .big { font-size: 20px; }
   ol { gap: 4px; }
-  li .small span { float: none; }
+  .prose thead { display: none; }
+  .prose tr { display: block; padding: 7px 0; border-bottom: 1px solid var(--line); }
+  .prose tr:last-child { border-bottom: 0; }
+  .prose td, .prose td:last-child { display: block; max-width: none; min-width: 0; padding: 0; border: 0;
+    overflow-wrap: anywhere; }
+  .prose td[data-head]::before { content: attr(data-head) " "; color: var(--soft); font-size: 12px; }
+  .prose tr :first-child { font-weight: 600; }
 }
 """

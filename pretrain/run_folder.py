@@ -17,10 +17,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pretrain.checkpoint.format import LATEST, Checkpoint, describe
-from pretrain.config import Recipe
+from pretrain.config import Recipe, load_recipe
 from pretrain.errors import RequestError
 from pretrain.parallel.layout import Layout
 
@@ -118,7 +116,7 @@ def load_config(run: Path) -> Recipe:
     path = run / "config.yaml"
     if not path.is_file():
         raise RequestError(f"{run} is no run folder: there is no config.yaml in it")
-    return Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    return load_recipe(str(path))
 
 
 def _git(folder: Path, *arguments: str) -> str:

@@ -39,7 +39,7 @@ from pretrain.config import Recipe
 from pretrain.errors import RequestError, WeftError
 from pretrain.evaluation.evaluate import evaluate
 from pretrain.flops import peak_tflops, training_flops_per_sample
-from pretrain.metrics import Clock, ProgressLine, RunLog, duration, peak_memory_gib
+from pretrain.metrics import EXAMPLES, Clock, ProgressLine, RunLog, duration, peak_memory_gib
 from pretrain.models.dual import DualEncoder
 from pretrain.models.initialise import initialise
 from pretrain.parallel.engine import Engine, Stepped
@@ -177,7 +177,7 @@ def _train(
                 evaluation = evaluate(engine.model, test, tokenizer, recipe.model, recipe.eval, ranks)
                 if log:
                     log.evaluation({"step": done, "samples": done * settings.global_batch, **evaluation.scores})
-                    (run / "examples.json").write_text(json.dumps(evaluation.examples) + "\n", encoding="utf-8")
+                    (run / EXAMPLES).write_text(json.dumps(evaluation.examples) + "\n", encoding="utf-8")
                     line.say(f"step {done}: " + summary(evaluation.scores))
             if last or done % recipe.checkpoint.every == 0:
                 save_checkpoint(engine, run, recipe, tokenizer, step=done, data_fingerprint=dataset.fingerprint)

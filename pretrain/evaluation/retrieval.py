@@ -48,7 +48,7 @@ def chance_of_text(pictures_M: torch.Tensor, total: int, k: int = 10) -> float:
     """R@k of a coin, mean over captions: 1 - P(none of a caption's pictures is among k drawn from all)."""
     missed = torch.ones(len(pictures_M), dtype=torch.float64)
     for draw in range(min(k, total)):
-        missed *= ((total - pictures_M - draw) / (total - draw)).clamp(min=0)
+        missed *= ((total - pictures_M.double() - draw) / (total - draw)).clamp(min=0)
     return float((1 - missed).mean())
 
 

@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from pretrain.config import Text, Vision
+from pretrain.config import VOCABULARY_MULTIPLE, Text, Vision
 from pretrain.models.transformer import build_block
 
-VOCABULARY_MULTIPLE = 128  # the table divides over any sane number of tensor parallel ranks
 EOS = 1  # end mark of data_pipeline.tokenizer, the same in every vocabulary
 
 

@@ -8,6 +8,8 @@ Axes: S sequence, B batch, H heads of this rank, K size of a head, D width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -60,6 +62,24 @@ class CoreAttention(torch.nn.Module):
         return out_BHSK.permute(2, 0, 1, 3).flatten(2)
 
 
+class ColumnLinear(ColumnParallelLinear):
+    """Megatron-core's linear layer cut by outputs; where it is not cut, one product that brings its bias along."""
+
+    def forward(self, input_: torch.Tensor, *others: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.tp_group.size() > 1:
+            return super().forward(input_, *others, **named)
+        return F.linear(input_, self.weight, self.bias), None
+
+
+class RowLinear(RowParallelLinear):
+    """Megatron-core's linear layer cut by inputs; where it is not cut, one product that brings its bias along."""
+
+    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.tp_group.size() > 1:
+            return super().forward(input_)
+        return F.linear(input_, self.weight, self.bias), None
+
+
 def build_block(tower: Tower, *, causal: bool, tp: int, dtype: torch.dtype) -> TransformerBlock:
     """A pre-norm transformer with a final norm: [S, B, D] -> [S, B, D]. Parameters are left for `initialise`."""
     config = TransformerConfig(
@@ -90,9 +110,9 @@ def build_block(tower: Tower, *, causal: bool, tp: int, dtype: torch.dtype) -> T
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.no_mask},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
+                    linear_qkv=ColumnLinear,
                     core_attention=CoreAttention,
-                    linear_proj=RowParallelLinear,
+                    linear_proj=RowLinear,
                     q_layernorm=IdentityOp,
                     k_layernorm=IdentityOp,
                 ),
@@ -100,7 +120,7 @@ def build_block(tower: Tower, *, causal: bool, tp: int, dtype: torch.dtype) -> T
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=Norm,
             mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)
             ),
             mlp_bda=get_bias_dropout_add,
         ),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pretrain.config import Recipe
+from pretrain.config import VOCABULARY_MULTIPLE, Recipe
 from pretrain.errors import RequestError
 
 
@@ -42,16 +42,8 @@ def lay_out(recipe: Recipe, world: int) -> Layout:
         if value > 1:
             raise RequestError(f"layout.{key} is {value}, but only 1 is supported so far: use layout.tp or layout.zero")
     if asked.sequence_parallel:
-        raise RequestError("layout.sequence_parallel is not supported so far: leave it false")
-    if world % asked.tp:
-        raise RequestError(f"layout.tp is {asked.tp}, but {world} ranks do not divide into groups of {asked.tp}")
-    for name, tower in (("vision", recipe.model.vision), ("text", recipe.model.text)):
-        hidden = int(tower.width * tower.mlp_ratio)
-        if tower.heads % asked.tp or hidden % asked.tp:
-            raise RequestError(
-                f"layout.tp is {asked.tp}, but model.{name}.heads ({tower.heads}) and its feed-forward size ({hidden}) "
-                f"must both divide by it"
-            )
+        raise RequestError("layout.sequence_parallel is true, but it is not supported so far: leave it false")
+    _refuse_uneven_pieces(recipe, world)
     if asked.zero == 0 and recipe.train.precision == "bf16":
         raise RequestError(
             "layout.zero=0 with train.precision=bf16 ends at another loss, undiagnosed: use layout.zero=1"
@@ -66,5 +58,28 @@ def lay_out(recipe: Recipe, world: int) -> Layout:
     share = batch // dp
     micro = recipe.train.micro_batch or share
     if share % micro:
-        raise RequestError(f"train.micro_batch is {micro}, which does not divide a rank's share of {share} samples")
+        fits = max(n for n in range(1, min(micro, share) + 1) if share % n == 0)
+        raise RequestError(
+            f"train.micro_batch is {micro}, which does not divide a rank's share of {share} samples: "
+            f"use train.micro_batch={fits}"
+        )
     return Layout(world=world, dp=dp, tp=asked.tp, zero=asked.zero, share=share, micro_batch=micro)
+
+
+def _refuse_uneven_pieces(recipe: Recipe, world: int) -> None:
+    """Tensor parallel ranks hold equal pieces of everything that is cut."""
+    tp = recipe.layout.tp
+    cut = {}
+    for name, tower in (("vision", recipe.model.vision), ("text", recipe.model.text)):
+        cut[f"model.{name}.heads"] = tower.heads
+        cut[f"model.{name}.width * mlp_ratio"] = int(tower.width * tower.mlp_ratio)
+    cut["the multiple that the token table's rows come in"] = VOCABULARY_MULTIPLE
+    fits = max(n for n in range(1, tp + 1) if world % n == 0 and all(size % n == 0 for size in cut.values()))
+    if world % tp:
+        raise RequestError(
+            f"layout.tp is {tp}, but {world} rank(s) do not divide into groups of {tp}: "
+            f"use a multiple of {tp} ranks, or layout.tp={fits}"
+        )
+    for name, size in cut.items():
+        if size % tp:
+            raise RequestError(f"layout.tp is {tp}, which does not divide {name} ({size}): use layout.tp={fits}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -27,7 +28,7 @@ def test_goes_down_half_a_cosine() -> None:
     found = rates(steps=110, warmup=10, lr=1.0, min_lr=0.2)
     assert found[60] == pytest.approx(0.6)  # half way, half way between
     assert found[10 + 25] == pytest.approx(0.2 + 0.8 * (1 + math.sqrt(0.5)) / 2)
-    assert all(a > b for a, b in zip(found[10:], found[11:], strict=False))
+    assert all(a > b for a, b in pairwise(found[10:]))
     assert 0.2 < found[-1] < 0.201
 
 
