@@ -1,0 +1,28 @@
+"""Models, objectives, the parallel engine, the trainer, checkpoints, evaluation and the `weft` command.
+
+    from pretrain import load_model, load_recipe
+    model, tokenizer, recipe = load_model("runs/quickstart")
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pretrain.config import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from data_pipeline import Tokenizer
+    from pretrain.models.dual import DualEncoder
+
+__all__ = ["Recipe", "load_model", "load_recipe"]
+
+
+def load_model(path: str | Path, device: str = "cpu") -> tuple[DualEncoder, Tokenizer, Recipe]:
+    """The model of a checkpoint (or of a run's newest one) in fp32 on one device, its tokenizer and its recipe.
+
+    Raises RequestError when there is no checkpoint at `path`, WeftError when its bytes are damaged.
+    """
+    from pretrain.checkpoint import load  # Megatron-core takes seconds to import
+
+    return load.load_model(path, device)

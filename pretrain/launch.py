@@ -26,6 +26,8 @@ def launch(arguments: Sequence[str], ranks: int) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # the ranks share the cores; a user's own setting stands
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    # when the job is told to stop, the ranks save before they leave; 30 s would not do for a large model
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     os.environ[LAUNCHER] = str(os.getpid())
     config = LaunchConfig(
         min_nodes=1,
@@ -48,7 +50,7 @@ def launch(arguments: Sequence[str], ranks: int) -> int:
 
 
 def end_with_launcher() -> None:
-    """In a rank: die when the launcher is killed, instead of training on unseen into a folder that is resumed meanwhile."""
+    """In a rank: die when the launcher is killed, instead of training on unseen into a folder that others resume."""
     launcher = os.environ.get(LAUNCHER)
     if launcher is None or not sys.platform.startswith("linux"):
         return

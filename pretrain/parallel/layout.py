@@ -56,7 +56,7 @@ def lay_out(recipe: Recipe, world: int) -> Layout:
             f"use a multiple of {dp}, or {fits * asked.tp} rank(s)"
         )
     share = batch // dp
-    micro = recipe.train.micro_batch or share
+    micro = min(recipe.train.micro_batch or share, share)
     if share % micro:
         fits = max(n for n in range(1, min(micro, share) + 1) if share % n == 0)
         raise RequestError(
