@@ -15,10 +15,13 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $(READY)
 
-demo: $(READY)
-	$(BIN)/weft data synth data/scenes
+# Again after an interruption it goes on where it stood.
+demo: $(READY) data/scenes/train/index.json
 	$(BIN)/weft train quickstart
 	$(BIN)/weft report runs/quickstart
+
+data/scenes/train/index.json: | $(READY)
+	$(BIN)/weft data synth data/scenes
 
 test: $(READY)
 	$(BIN)/python -m pytest -q

@@ -1,5 +1,7 @@
 """Models, objectives, the parallel engine, the trainer, checkpoints, evaluation and the `weft` command.
 
+To use what a run has trained:
+
     from pretrain import load_model, load_recipe
     model, tokenizer, recipe = load_model("runs/quickstart")
 """

@@ -19,13 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 from data_pipeline import Batch
 from pretrain.config import Recipe
 from pretrain.flops import training_flops_per_sample
-from pretrain.models.dual import DualEncoder
+from pretrain.models.dual import DTYPES, DualEncoder
 from pretrain.models.initialise import initialise
 from pretrain.parallel.engine import Engine, parameter_groups
-from pretrain.parallel.groups import Ranks, start_ranks, stop_ranks, world_size
+from pretrain.parallel.groups import Ranks, pick_device, start_ranks, stop_ranks, world_size
 from pretrain.parallel.layout import lay_out
 from pretrain.plain import PlainDualEncoder, plain_contrastive_loss
-from pretrain.train import DTYPES, pick_device
 
 ROUNDS, STEPS_A_ROUND = 7, 4
 
@@ -59,8 +58,8 @@ class StepBench:
             f"batch {self.global_batch}\n"
             f"  weft         {self.weft_seconds:.4f} s a step, {self.global_batch / self.weft_seconds:.0f} samples/s, "
             f"{self.weft_gflops:.0f} GFLOP/s a rank\n"
-            f"  plain torch  {self.plain_seconds:.4f} s a step, {self.global_batch / self.plain_seconds:.0f} samples/s\n"
-            f"  weft / plain torch = {self.ratio:.3f} (below 1: weft is faster); first losses differ by "
+            f"  plain torch  {self.plain_seconds:.4f} s a step, {self.global_batch / self.plain_seconds:.0f} samples/s"
+            f"\n  weft / plain torch = {self.ratio:.3f} (below 1: weft is faster); first losses differ by "
             f"{self.first_loss_difference:.1e}"
         )
 
@@ -73,7 +72,7 @@ def bench_training_step(recipe: Recipe) -> StepBench | None:
     layout = lay_out(recipe, world_size())
     if layout.tp > 1 or [objective.name for objective in recipe.objectives] != ["contrastive"]:
         raise ValueError("weft bench step compares data parallel contrastive training: layout.tp=1, one objective")
-    ranks = start_ranks(layout, pick_device(recipe))
+    ranks = start_ranks(layout, pick_device(recipe.run.device))
     try:
         dtype = DTYPES[recipe.train.precision]
         model = DualEncoder(recipe.model, dtype=dtype)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -18,7 +17,6 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from data_pipeline import (
@@ -40,38 +38,26 @@ from pretrain.errors import RequestError, WeftError
 from pretrain.evaluation.evaluate import evaluate
 from pretrain.flops import peak_tflops, training_flops_per_sample
 from pretrain.metrics import EXAMPLES, Clock, ProgressLine, RunLog, duration, peak_memory_gib
-from pretrain.models.dual import DualEncoder
+from pretrain.models.dual import DTYPES, DualEncoder
 from pretrain.models.initialise import initialise
 from pretrain.parallel.engine import Engine, Stepped
-from pretrain.parallel.groups import Ranks, start_ranks, stop_ranks, world_size
+from pretrain.parallel.groups import Ranks, pick_device, start_ranks, stop_ranks, world_size
 from pretrain.parallel.layout import Layout
 from pretrain.preflight import check
 from pretrain.quarantine import Quarantine
 from pretrain.schedule import learning_rate
 
 CAPTIONS_FOR_TOKENIZER = 200_000
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def train(recipe: Recipe, command: str) -> int:
     """Train, evaluate and save as the recipe says; returns the exit code. `command` is what resumes the run."""
     layout, dataset, test, checkpoint = check(recipe, world_size())
-    device = pick_device(recipe)
-    ranks = start_ranks(layout, device)
+    ranks = start_ranks(layout, pick_device(recipe.run.device))
     try:
         return _train(recipe, command, layout, dataset, test, checkpoint, ranks)
     finally:
         stop_ranks(ranks)
-
-
-def pick_device(recipe: Recipe) -> torch.device:
-    """The device of this rank: its own card, or the CPU."""
-    cuda = torch.cuda.is_available()
-    if recipe.run.device == "cuda" and not cuda:
-        raise RequestError("run.device is cuda, but torch finds no GPU here: use run.device=cpu or auto")
-    if recipe.run.device == "cpu" or not cuda:
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def _train(

@@ -98,7 +98,7 @@ def _set_partition(engine: Engine, parameter: torch.nn.Parameter, part: str, pie
     import deepspeed
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
-    size = parameter.ds_tensor.numel()
+    size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]  # set by ZeRO-3
     padded = F.pad(piece.flatten(), (0, size * engine.ranks.dp_size - piece.numel()))
     own = padded.narrow(0, size * engine.ranks.dp_rank, size)
     if part == "weight":

@@ -14,6 +14,8 @@ from pretrain.models.heads import LogitBias, LogitScale
 from pretrain.models.towers import TextTower, VisionTower, normalise
 from pretrain.models.transformer import mark_tensor_parallel
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by train.precision
+
 
 class DualEncoder(torch.nn.Module):
     """Image and text towers with linear projections; embeddings come out fp32 and unit length."""

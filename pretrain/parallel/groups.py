@@ -15,6 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from pretrain.errors import RequestError
 from pretrain.parallel.cpu import enable_cpu
 from pretrain.parallel.layout import Layout
 
@@ -52,6 +53,19 @@ class Ranks:
 def world_size() -> int:
     """How many ranks the launcher started (1 without one)."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def pick_device(asked: str) -> torch.device:
+    """The device of this rank for run.device=auto, cpu or cuda: its own card, or the CPU.
+
+    Raises RequestError for cuda where torch finds none.
+    """
+    cuda = torch.cuda.is_available()
+    if asked == "cuda" and not cuda:
+        raise RequestError("run.device is cuda, but torch finds no GPU here: use run.device=cpu or auto")
+    if asked == "cpu" or not cuda:
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def start_ranks(layout: Layout, device: torch.device) -> Ranks:

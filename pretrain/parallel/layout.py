@@ -58,7 +58,7 @@ def lay_out(recipe: Recipe, world: int) -> Layout:
     share = batch // dp
     micro = min(recipe.train.micro_batch or share, share)
     if share % micro:
-        fits = max(n for n in range(1, min(micro, share) + 1) if share % n == 0)
+        fits = max(n for n in range(1, micro + 1) if share % n == 0)
         raise RequestError(
             f"train.micro_batch is {micro}, which does not divide a rank's share of {share} samples: "
             f"use train.micro_batch={fits}"

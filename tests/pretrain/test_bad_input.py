@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -241,3 +242,17 @@ def test_data_that_changes_under_a_run(scenes: Path, tmp_path: Path, capsys: pyt
     assert train(other, run) == 2
     assert "other data" in sentence(capsys)
     assert len(open_dataset(other)) == 40
+
+
+def test_two_ranks_end_together_with_one_sentence(tmp_path: Path) -> None:
+    samples = foreign_samples(40)
+    for sample in samples[10:20]:
+        sample["jpg"] = b"not a picture"
+    data = write_shard(tmp_path / "data", samples)
+    keys = [f"data.train={data}", "data.test=null", f"run.dir={tmp_path / 'run'}", *TINY, "data.max_corrupt=3"]
+    command = [sys.executable, "-m", "pretrain.cli", "train", "quickstart", *keys, "--nproc", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.count("weft: ") == 1
+    assert "data.max_corrupt=3" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -22,6 +22,7 @@ def recipe(*overrides: str) -> Recipe:
         (1, ["train.micro_batch=1"], 1, 1, 24, 1, 24),
         (2, ["layout.tp=2"], 1, 2, 24, 24, 1),
         (3, ["train.micro_batch=4"], 3, 1, 8, 4, 2),
+        (2, ["train.micro_batch=100"], 2, 1, 12, 12, 1),  # no more than there is
         (8, ["layout.tp=4", "train.micro_batch=12", "layout.zero=3"], 2, 4, 12, 12, 1),
         (24, ["layout.zero=2"], 24, 1, 1, 1, 1),
     ],
@@ -71,7 +72,6 @@ REFUSED = [
     (10, ["layout.tp=2"], ["train.global_batch is 24", "5 data parallel ranks", "multiple of 5", "8 rank(s)"]),
     (25, [], ["train.global_batch is 24", "25 data parallel ranks", "24 rank(s)"]),
     (2, ["train.micro_batch=5"], ["train.micro_batch is 5", "12 samples", "train.micro_batch=4"]),
-    (2, ["train.micro_batch=24"], ["train.micro_batch is 24", "12 samples", "train.micro_batch=12"]),
 ]
 
 
