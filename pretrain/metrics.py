@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from data_pipeline.index import written_whole
+
 METRICS, EVALUATION, EXAMPLES = "metrics.jsonl", "evaluation.jsonl", "examples.json"
 
 
@@ -141,7 +143,8 @@ def _cut_back(path: Path, step: int) -> int:
     """Drop the lines after `step`; returns how many those were."""
     lines = read_lines(path)
     kept = [line for line in lines if line["step"] <= step]
-    path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    with written_whole(path) as unfinished:
+        unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     return len(lines) - len(kept)
 
 

@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.index import written_whole
 from pretrain.checkpoint.format import LATEST, Checkpoint, describe
 from pretrain.config import Recipe, load_recipe
 from pretrain.errors import RequestError
@@ -52,7 +53,9 @@ def checkpoint_to_resume(recipe: Recipe, data_fingerprint: str) -> Checkpoint | 
             f"train.resume=never, but {run} holds a run with checkpoints: give another run.dir, or remove the folder"
         )
     checkpoint = describe(run)
-    theirs, mine = _flat(checkpoint.recipe), _flat(recipe.model_dump(mode="json"))
+    # through the model of a recipe, so that keys which are newer than the checkpoint stand there with their defaults
+    theirs = _flat(Recipe.model_validate(checkpoint.recipe).model_dump(mode="json"))
+    mine = _flat(recipe.model_dump(mode="json"))
     for key in sorted(theirs.keys() | mine.keys()):
         if theirs.get(key) != mine.get(key) and not key.startswith(FREE):
             raise RequestError(
@@ -70,7 +73,8 @@ def begin(recipe: Recipe, layout: Layout, data_fingerprint: str, resumed_step: i
     """Write config.yaml and manifest.json; a resumed run adds itself to the manifest's list of starts."""
     run = recipe.run.dir
     run.mkdir(parents=True, exist_ok=True)
-    (run / "config.yaml").write_text(recipe.yaml(), encoding="utf-8")
+    with written_whole(run / "config.yaml") as unfinished:
+        unfinished.write_text(recipe.yaml(), encoding="utf-8")
     path = run / "manifest.json"
     starts: list[dict[str, Any]] = []
     if resumed_step and path.is_file():
@@ -87,7 +91,8 @@ def begin(recipe: Recipe, layout: Layout, data_fingerprint: str, resumed_step: i
         f"Python {platform.python_version()}",
         "starts": starts,
     }
-    path.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    with written_whole(path) as unfinished:
+        unfinished.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
 def versions() -> dict[str, str]:
