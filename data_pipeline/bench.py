@@ -108,6 +108,29 @@ class LoaderBench:
             "overhead": self.overhead,
         }
 
+    def __str__(self) -> str:
+        rows = {
+            "weft": self.weft,
+            "webdataset + PIL": self.webdataset,
+            "webdataset + our decoder": self.webdataset_fast_decoder,
+            "decode and resize alone": self.decode_alone,
+        }
+        lines = [
+            f"{self.images} JPEGs of {self.width} x {self.height}, {self.mean_bytes / 1000:.1f} kB each, to {self.size}; "
+            f"{self.workers} worker(s), batch {self.batch}; median of {self.repeats}",
+            f"  {'samples a':<26}CPU-second   second   first batch after",
+        ]
+        for name, speed in rows.items():
+            first = f"{speed.first_batch_seconds:.2f} s" if speed.first_batch_seconds is not None else "-"
+            lines.append(
+                f"  {name:<26}{speed.samples_per_cpu_second:>10.0f}{speed.samples_per_second:>9.0f}   {first:>8}"
+            )
+        lines.append(
+            f"  weft = {self.times_webdataset:.2f} x webdataset + PIL, {self.times_webdataset_fast_decoder:.2f} x webdataset "
+            f"+ our decoder, {self.overhead:+.1%} CPU time over decode and resize alone"
+        )
+        return "\n".join(lines)
+
 
 def bench_loader(
     *,

@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from data_pipeline import open_dataset
 from pretrain.checkpoint.load import load_model
 from pretrain.errors import RequestError
 from pretrain.evaluation.evaluate import evaluate
-from pretrain.parallel.groups import start_alone, stop_ranks
+from pretrain.parallel.groups import pick_device, start_alone, stop_ranks
 
 TASKS = ("all", "retrieval", "zero_shot")
 
@@ -21,7 +19,7 @@ def evaluate_checkpoint(path: Path, data: Path | None, task: str, samples: int |
 
     Raises RequestError when nothing says what data to use, or the data has no labels for zero_shot.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device("auto")
     ranks = start_alone(device)
     try:
         model, tokenizer, recipe = load_model(path, str(device))

@@ -66,7 +66,7 @@ class TextTower(torch.nn.Module):
                 tensor_model_parallel_size=tp,
                 params_dtype=dtype,
                 perform_initialization=False,
-                use_cpu_initialization=not torch.cuda.is_available(),
+                use_cpu_initialization=True,
             ),
         )
         self.positions = torch.nn.Parameter(torch.empty(config.context, config.width, dtype=dtype))

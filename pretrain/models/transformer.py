@@ -94,7 +94,7 @@ def build_block(tower: Tower, *, causal: bool, tp: int, dtype: torch.dtype) -> T
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         perform_initialization=False,
-        use_cpu_initialization=not torch.cuda.is_available(),
+        use_cpu_initialization=True,
         # these fusions would write `main_grad`, which DeepSpeed does not read, or compile on first use
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,

@@ -1,7 +1,7 @@
-"""Megatron-core 0.16 and DeepSpeed 0.19 on a machine without CUDA: the names they take for granted, in one place.
+"""Megatron-core 0.16 and DeepSpeed 0.19 without CUDA: the names they take for granted, in one place.
 
 Each entry of `enable_cpu` stands for lines that name CUDA literally, or that ask for what a CPU machine lacks.
-Where CUDA is, nothing is touched: the same code then runs unpatched.
+A process that trains on a GPU never calls it: the same code then runs unpatched.
 """
 
 from __future__ import annotations
@@ -17,21 +17,16 @@ CPU = torch.device("cpu")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
-def enable_cpu() -> bool:
-    """Make both libraries run on CPU and gloo; True if this is such a machine. Calling it again does nothing more."""
-    if torch.cuda.is_available():
-        return False
+def enable_cpu() -> None:
+    """Make both libraries run on CPU and gloo in this process, whatever the machine has. Again does nothing more."""
     # deepspeed/accelerator/real_accelerator.py guesses the accelerator at its first import; say it instead
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # deepspeed/runtime/engine.py:1972 wants what a launcher sets; a single rank has none
-    os.environ.setdefault("LOCAL_RANK", "0")
     # tensor_parallel/random.py, parallel_state.py: `torch.cuda.current_device()` as the device of small tensors
     torch.cuda.current_device = lambda: CPU  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = lambda device=None: None  # type: ignore[assignment]
     _random_state_on_cpu()
     _no_shared_memory_op()
     _keep_freed_memory()
-    return True
 
 
 def _keep_freed_memory() -> None:

@@ -77,6 +77,8 @@ def start_ranks(layout: Layout, device: torch.device) -> Ranks:
         enable_cpu()
     else:
         torch.cuda.set_device(device)
+    # deepspeed/runtime/engine.py:1972 wants what a launcher sets; a single rank has none
+    os.environ.setdefault("LOCAL_RANK", "0")
     made_world = not dist.is_initialized()
     if made_world:
         backend = "gloo" if on_cpu else "nccl"
