@@ -116,8 +116,8 @@ class LoaderBench:
             "decode and resize alone": self.decode_alone,
         }
         lines = [
-            f"{self.images} JPEGs of {self.width} x {self.height}, {self.mean_bytes / 1000:.1f} kB each, to {self.size}; "
-            f"{self.workers} worker(s), batch {self.batch}; median of {self.repeats}",
+            f"{self.images} JPEGs of {self.width} x {self.height}, {self.mean_bytes / 1000:.1f} kB each, "
+            f"to {self.size}; {self.workers} worker(s), batch {self.batch}; median of {self.repeats}",
             f"  {'samples a':<26}CPU-second   second   first batch after",
         ]
         for name, speed in rows.items():
@@ -126,8 +126,9 @@ class LoaderBench:
                 f"  {name:<26}{speed.samples_per_cpu_second:>10.0f}{speed.samples_per_second:>9.0f}   {first:>8}"
             )
         lines.append(
-            f"  weft = {self.times_webdataset:.2f} x webdataset + PIL, {self.times_webdataset_fast_decoder:.2f} x webdataset "
-            f"+ our decoder, {self.overhead:+.1%} CPU time over decode and resize alone"
+            f"  weft = {self.times_webdataset:.2f} x webdataset + PIL, "
+            f"{self.times_webdataset_fast_decoder:.2f} x webdataset + our decoder, "
+            f"{self.overhead:+.1%} CPU time over decode and resize alone"
         )
         return "\n".join(lines)
 

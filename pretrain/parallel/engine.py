@@ -30,6 +30,7 @@ from pretrain.objectives import OBJECTIVES
 from pretrain.parallel.groups import DeepSpeedGroups, Ranks
 from pretrain.parallel.layout import Layout
 
+LARGEST_BUCKET = 500_000_000  # DeepSpeed's own default
 NOT_DECAYED = ("tokens.weight", "positions", "class_token")
 
 
@@ -63,7 +64,7 @@ class Engine:
             optimizer=optimizer,
             mpu=DeepSpeedGroups(ranks),
             dist_init_required=False,
-            config=deepspeed_config(recipe, layout),
+            config=deepspeed_config(recipe, layout, sum(parameter.numel() for parameter in model.parameters())),
         )
 
     @property
@@ -163,13 +164,20 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def deepspeed_config(recipe: Recipe, layout: Layout) -> dict[str, Any]:
-    """DeepSpeed's own settings for a recipe. Everything that weft decides itself is left out."""
+def deepspeed_config(recipe: Recipe, layout: Layout, parameters: int) -> dict[str, Any]:
+    """DeepSpeed's own settings for a recipe and a model of so many parameters; what weft decides itself is left out."""
+    # gradients are copied into a bucket of this many numbers, made anew each step: never larger than they all are
+    bucket = min(parameters, LARGEST_BUCKET)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": layout.micro_batch,
         "gradient_accumulation_steps": layout.microbatches,
         "gradient_clipping": recipe.train.grad_clip if layout.zero else 0.0,  # see `_clip_whole_gradients`
-        "zero_optimization": {"stage": layout.zero, "overlap_comm": False},
+        "zero_optimization": {
+            "stage": layout.zero,
+            "overlap_comm": False,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        },
         "zero_allow_untested_optimizer": True,  # torch.optim.AdamW, with the state that checkpoints read
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 60,  # we print ourselves
