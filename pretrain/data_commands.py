@@ -292,6 +292,8 @@ def _show_imported(out: Path, imported: Imported, as_json: bool) -> None:
 
 
 def _show_written(out: Path, train: Written, test: Written | None, as_json: bool) -> None:
+    from data_pipeline.page import readable_size
+
     parts = {"train": train} | ({"test": test} if test else {})
     if as_json:
         tree = {name: _written_tree(out / name, written) for name, written in parts.items()}
@@ -300,7 +302,7 @@ def _show_written(out: Path, train: Written, test: Written | None, as_json: bool
     console = Console(soft_wrap=True)
     for name, written in parts.items():
         index = written.index
-        size = _bytes(sum(shard.bytes for shard in index.shards))
+        size = readable_size(sum(shard.bytes for shard in index.shards))
         console.print(escape(f"{out / name}: {index.samples} samples in {_count(len(index.shards), 'shard')}, {size}"))
         if written.skipped:
             console.print(f"[yellow]skipped {len(written.skipped)}:[/yellow]")
@@ -337,10 +339,14 @@ def _show_report(folder: str, report: CheckReport) -> None:
 
 
 def _show_stats(folder: str, counted: DatasetStats) -> None:
+    from data_pipeline.page import readable_size
+
     console = Console()
     facts = Table(title=escape(folder), title_justify="left", title_style="bold", box=None, show_header=False)
-    facts.add_row("samples", f"{counted.samples:,} in {_count(counted.shards, 'shard')}, {_bytes(counted.bytes)}")
-    facts.add_row("a shard", f"{_range(counted.shard_samples)} samples, {_range(counted.shard_bytes, _bytes)}")
+    facts.add_row(
+        "samples", f"{counted.samples:,} in {_count(counted.shards, 'shard')}, {readable_size(counted.bytes)}"
+    )
+    facts.add_row("a shard", f"{_range(counted.shard_samples)} samples, {_range(counted.shard_bytes, readable_size)}")
     facts.add_row("opened", f"{_count(counted.opened, 'sample')}, {counted.unreadable} not fully readable")
     holding = (f"{name} {_share(number, counted.opened)}" for name, number in counted.modalities.items())
     facts.add_row("holding", ", ".join(holding) or "neither picture, text nor sound")
@@ -401,13 +407,3 @@ def _share(part: int, total: int) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _bytes(number: float) -> str:
-    if number < 1024:
-        return f"{number:.0f} B"
-    for unit in ("KiB", "MiB", "GiB"):
-        number /= 1024
-        if number < 1024:
-            return f"{number:.1f} {unit}"
-    return f"{number / 1024:.1f} TiB"
