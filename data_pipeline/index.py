@@ -7,6 +7,7 @@ Design choices:
   loaded when a shard is first read, and carries the checksum of the tar that it describes.
 - Any folder of WebDataset tars is indexed on first sight; nobody has to convert anything.
 - A stale index is found when it is opened: every shard must be there with the size it had, and no other beside them.
+  Bytes that changed under an equal size are found by `weft data check`, which reads them all.
 - Files appear whole or not at all (written aside, then renamed), so ranks that index the same folder do not clash.
 """
 
@@ -125,7 +126,8 @@ def load_index(folder: str | Path) -> Index:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"no data set at {folder}: there is no such folder")
+        what = "it is a file, not a folder of shards" if folder.exists() else "there is no such folder"
+        raise FileNotFoundError(f"no data set at {folder}: {what}")
     if not (folder / INDEX_FILE).is_file():
         return build_index(folder)
     index = Index.load(folder)
@@ -157,7 +159,7 @@ def build_index(folder: str | Path, processes: int | None = None) -> Index:
     folder = Path(folder)
     paths = shard_files(folder)
     if not paths:
-        raise FileNotFoundError(f"no data set at {folder}: there is no .tar file in it")
+        raise FileNotFoundError(f"no data set at {folder}: there is no .tar file in it{_instead(folder)}")
     processes = min(os.cpu_count() or 1 if processes is None else processes, len(paths))
     if processes <= 1:
         entries = [index_shard(path) for path in paths]
@@ -280,6 +282,16 @@ def _entry(tree: dict[str, Any]) -> ShardEntry:
     if Path(file).name != file or not file.endswith(".tar"):
         raise ValueError(f"{file!r} is not the name of a shard beside it")
     return ShardEntry(file, int(tree["samples"]), int(tree["bytes"]), checksum, tuple(tree["modalities"]))
+
+
+def _instead(folder: Path) -> str:
+    """What the user may have meant by a folder without tars."""
+    parts = [part for part in ("train", "test") if shard_files(folder / part)]
+    if parts:
+        return f", but in {' and '.join(str(folder / part) for part in parts)}"
+    if any(folder.glob("*.tar.*z*")):
+        return ", only compressed ones, in which no sample can be found directly: decompress them"
+    return ""
 
 
 def _rebuild(folder: Path) -> str:

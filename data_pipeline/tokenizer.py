@@ -35,6 +35,7 @@ from data_pipeline.errors import DataError
 
 PAD, EOS, BOS, MASK = 0, 1, 2, 3
 MARKERS = ("<pad>", "<eos>", "<bos>", "<mask>")  # position = id
+MOST_CHARACTERS = 10_000  # of a caption to learn from: BPE takes seconds for a book
 SMALLEST_VOCABULARY = len(MARKERS) + 256
 
 
@@ -50,6 +51,7 @@ class Tokenizer:
             raise ValueError(f"its vocabulary is damaged ({error})") from error
         # Markers inside a caption are text. The JSON does not hold this flag, so it is set here.
         self._bpe.encode_special_tokens = True
+        self._longest = max(len(token) for token in self._bpe.get_vocab())  # bytes; a character is at least one
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -62,7 +64,7 @@ class Tokenizer:
                 f"vocab_size is {vocab_size}, but 4 markers and 256 bytes already need "
                 f"{SMALLEST_VOCABULARY}: give {SMALLEST_VOCABULARY} or more"
             )
-        texts = [_well_formed(caption) for caption in captions]
+        texts = [_well_formed(caption[:MOST_CHARACTERS]) for caption in captions]
         if not texts:
             raise DataError("there is no caption to train the tokenizer on: the data set has no text")
         bpe = tokenizers.Tokenizer(models.BPE())
@@ -115,7 +117,8 @@ class Tokenizer:
         """
         if context < 2:
             raise ValueError(f"context is {context}, but BOS and EOS already take 2: give 2 or more")
-        tokens = self._bpe.encode(_well_formed(text)).ids[: context - 2]
+        # no token is longer than the longest, so what lies behind this many characters would be cut anyway
+        tokens = self._bpe.encode(_well_formed(text[: context * self._longest])).ids[: context - 2]
         ids = np.full(context, PAD, dtype=np.int32)
         ids[0] = BOS
         ids[1 : 1 + len(tokens)] = tokens
@@ -129,8 +132,8 @@ class Tokenizer:
         return np.stack([self.encode(text, context) for text in texts])
 
     def length(self, text: str) -> int:
-        """How many ids a text takes before any is cut, BOS and EOS included."""
-        return len(self._bpe.encode(_well_formed(text)).ids) + 2
+        """How many ids the first MOST_CHARACTERS of a text take before any is cut, BOS and EOS included."""
+        return len(self._bpe.encode(_well_formed(text[:MOST_CHARACTERS])).ids) + 2
 
     def decode(self, ids: Iterable[int]) -> str:
         """Token ids -> text, markers left out; a character cut in half by truncation becomes U+FFFD."""

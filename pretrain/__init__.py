@@ -8,6 +8,7 @@ To use what a run has trained:
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,8 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[DualEncoder, Toke
 
     Raises RequestError when there is no checkpoint at `path`, WeftError when its bytes are damaged.
     """
-    from pretrain.checkpoint import load  # Megatron-core takes seconds to import
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Megatron-core misses Apex and Transformer Engine, which nothing here needs
+        from pretrain.checkpoint import load  # it also takes seconds to import
 
     return load.load_model(path, device)

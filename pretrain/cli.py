@@ -102,8 +102,8 @@ def evaluate(
     json_: Json = False,
 ) -> None:
     """Score a checkpoint: retrieval both ways, zero-shot classification."""
+    from pretrain.evaluation.evaluate import summary
     from pretrain.evaluation.standalone import TASKS, evaluate_checkpoint
-    from pretrain.train import summary
 
     if task not in TASKS:
         raise RequestError(f"--task is {task!r}: use one of {', '.join(TASKS)}")
@@ -215,8 +215,10 @@ def main(arguments: list[str] | None = None) -> int:
     except FileNotFoundError as error:
         return _fail(_sentence(error), 2)
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return _fail(f"the disk is full: {_sentence(error)}" if full else _sentence(error), 1)
+        sentence = _sentence(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and not sentence.startswith("the disk is full"):
+            sentence = f"the disk is full ({sentence}): make room and give the same command again"
+        return _fail(sentence, 1)
     except ValueError as error:
         from data_pipeline.errors import DataError
 

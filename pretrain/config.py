@@ -155,8 +155,17 @@ class Eval(Section):
     batch: int = Field(128, ge=1, description="samples embedded at once")
     samples: int = Field(1024, ge=2, description="at most so many test samples, the first ones")
     templates: tuple[str, ...] = Field(
-        ("{}", "a {}", "a picture of a {}"), description="prompts of zero-shot classification; {} is the class name"
+        ("{}", "a {}", "a picture of a {}"),
+        min_length=1,
+        description="prompts of zero-shot classification; {} is the class name",
     )
+
+    @model_validator(mode="after")
+    def _templates_name_the_class(self) -> Eval:
+        without = [template for template in self.templates if "{}" not in template]
+        if without:
+            raise ValueError(f"template {without[0]!r} has no {{}} for the class name")
+        return self
 
 
 class Recipe(Section):
@@ -204,6 +213,11 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     tree = _read(_find(name))
     for override in overrides:
         _lay_over(tree, override)
+    return recipe_of(tree, name)
+
+
+def recipe_of(tree: Mapping[str, Any], name: str) -> Recipe:
+    """The recipe of a tree as YAML or JSON gives it; RequestError, which says `name`, for one that is none."""
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:

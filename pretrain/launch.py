@@ -9,8 +9,10 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 
 LAUNCHER = "WEFT_LAUNCHER"  # process id of the launcher, in the environment of its ranks
@@ -19,7 +21,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 def launch(arguments: Sequence[str], ranks: int) -> int:
     """Run `python -m pretrain.cli ARGUMENTS` on `ranks` ranks of this machine; the exit code of the first to fail."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -29,6 +31,7 @@ def launch(arguments: Sequence[str], ranks: int) -> int:
     # when the job is told to stop, the ranks save before they leave; 30 s would not do for a large model
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     os.environ[LAUNCHER] = str(os.getpid())
+    logs = tempfile.mkdtemp(prefix="weft-launch-")  # torchrun wants a folder, though the ranks write to our own stderr
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -38,6 +41,7 @@ def launch(arguments: Sequence[str], ranks: int) -> int:
         rdzv_endpoint="127.0.0.1:0",
         local_addr="127.0.0.1",
         max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=logs),
     )
     try:
         elastic_launch(config, sys.executable)("-m", "pretrain.cli", *arguments)
@@ -46,6 +50,8 @@ def launch(arguments: Sequence[str], ranks: int) -> int:
         return code if code > 0 else 128 - code  # a negative code is the signal that ended it
     except SignalException as stopped:
         return 128 + int(stopped.sigval)
+    finally:
+        shutil.rmtree(logs, ignore_errors=True)
     return 0
 
 

@@ -127,22 +127,25 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; a last line cut short by a crash is left out; [] when there is no file."""
+    """The objects of a .jsonl file up to the first line that is none (cut short by a crash); [] without a file."""
     lines: list[dict[str, Any]] = []
     if not path.is_file():
         return lines
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
+            line = json.loads(text)
+        except ValueError:
             break
+        if not isinstance(line, dict):
+            break
+        lines.append(line)
     return lines
 
 
 def _cut_back(path: Path, step: int) -> int:
     """Drop the lines after `step`; returns how many those were."""
     lines = read_lines(path)
-    kept = [line for line in lines if line["step"] <= step]
+    kept = [line for line in lines if isinstance(line.get("step"), int) and line["step"] <= step]
     with written_whole(path) as unfinished:
         unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     return len(lines) - len(kept)

@@ -13,13 +13,14 @@ import os
 import platform
 import subprocess
 import time
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.index import written_whole
-from pretrain.checkpoint.format import LATEST, Checkpoint, describe
-from pretrain.config import Recipe, load_recipe
+from pretrain.checkpoint.format import LATEST, Checkpoint, complete_steps, describe
+from pretrain.config import Recipe, load_recipe, recipe_of
 from pretrain.errors import RequestError
 from pretrain.parallel.layout import Layout
 
@@ -46,7 +47,9 @@ FREE = (
 def checkpoint_to_resume(recipe: Recipe, data_fingerprint: str) -> Checkpoint | None:
     """Where to go on, None to begin. RequestError when the folder holds a run of another recipe or other data."""
     run = recipe.run.dir
-    if not (run / "checkpoints" / LATEST).exists():
+    if run.exists() and not run.is_dir():
+        raise RequestError(f"run.dir is {run}, which is a file: give the name of a folder")
+    if not (run / "checkpoints" / LATEST).exists() and not complete_steps(run / "checkpoints"):
         return None
     if recipe.train.resume == "never":
         raise RequestError(
@@ -54,7 +57,7 @@ def checkpoint_to_resume(recipe: Recipe, data_fingerprint: str) -> Checkpoint | 
         )
     checkpoint = describe(run)
     # through the model of a recipe, so that keys which are newer than the checkpoint stand there with their defaults
-    theirs = _flat(Recipe.model_validate(checkpoint.recipe).model_dump(mode="json"))
+    theirs = _flat(recipe_of(checkpoint.recipe, str(checkpoint.path)).model_dump(mode="json"))
     mine = _flat(recipe.model_dump(mode="json"))
     for key in sorted(theirs.keys() | mine.keys()):
         if theirs.get(key) != mine.get(key) and not key.startswith(FREE):
@@ -78,7 +81,8 @@ def begin(recipe: Recipe, layout: Layout, data_fingerprint: str, resumed_step: i
     path = run / "manifest.json"
     starts: list[dict[str, Any]] = []
     if resumed_step and path.is_file():
-        starts = json.loads(path.read_text(encoding="utf-8")).get("starts", [])
+        with suppress(ValueError, AttributeError):  # a damaged manifest is written anew
+            starts = list(json.loads(path.read_text(encoding="utf-8")).get("starts", []))
     starts.append({"step": resumed_step, "time": time.time(), "layout": str(layout), "world": layout.world})
     manifest = {
         "data_fingerprint": data_fingerprint,

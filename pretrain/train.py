@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
@@ -29,13 +28,14 @@ from data_pipeline import (
     TextTransform,
     Tokenizer,
 )
+from data_pipeline.index import written_whole
 from pretrain import run_folder
 from pretrain.checkpoint.format import Checkpoint, step_folder
 from pretrain.checkpoint.load import restore_checkpoint
 from pretrain.checkpoint.save import save_checkpoint
 from pretrain.config import Recipe
 from pretrain.errors import RequestError, WeftError
-from pretrain.evaluation.evaluate import evaluate
+from pretrain.evaluation.evaluate import evaluate, summary
 from pretrain.flops import peak_tflops, training_flops_per_sample
 from pretrain.metrics import EXAMPLES, Clock, ProgressLine, RunLog, duration, peak_memory_gib
 from pretrain.models.dual import DTYPES, DualEncoder
@@ -109,8 +109,9 @@ def _train(
     flops = training_flops_per_sample(recipe.model)
     if ranks.is_first:
         line.say(
-            f"{run}: {parameters / 1e6:.2f} M parameters a tensor parallel rank, {flops / 1e9:.3f} GFLOP a sample; "
-            f"{layout}; {len(dataset)} samples, {settings.steps * settings.global_batch / len(dataset):.1f} epochs"
+            f"{run}: {parameters / 1e6:.2f} M parameters{' a rank' if layout.tp > 1 else ''}, "
+            f"{flops / 1e9:.3f} GFLOP a sample; {layout}; {len(dataset)} samples, "
+            f"{settings.steps * settings.global_batch / len(dataset):.1f} epochs"
             + (f"; going on from step {start}" if start else "")
         )
 
@@ -128,7 +129,8 @@ def _train(
             stepped = engine.step(batch.to(ranks.device), lr)
             done = step + 1
             _refuse_non_finite(stepped, done, run)
-            stopping = quarantine.agree(batch.corrupt, bool(stop_signal))
+            # who is told to stop at the last step is done anyway
+            stopping = quarantine.agree(batch.corrupt, bool(stop_signal)) and done < stop
             last = done == stop or stopping
             if last:
                 batches.close()  # no worker is left to fail while a job that is being ended saves
@@ -163,7 +165,8 @@ def _train(
                 evaluation = evaluate(engine.model, test, tokenizer, recipe.model, recipe.eval, ranks)
                 if log:
                     log.evaluation({"step": done, "samples": done * settings.global_batch, **evaluation.scores})
-                    (run / EXAMPLES).write_text(json.dumps(evaluation.examples) + "\n", encoding="utf-8")
+                    with written_whole(run / EXAMPLES) as unfinished:
+                        unfinished.write_text(json.dumps(evaluation.examples) + "\n", encoding="utf-8")
                     line.say(f"step {done}: " + summary(evaluation.scores))
             if last or done % recipe.checkpoint.every == 0:
                 save_checkpoint(engine, run, recipe, tokenizer, step=done, data_fingerprint=dataset.fingerprint)
@@ -176,18 +179,6 @@ def _train(
     if ranks.is_first:
         line.say(f"trained to step {stop} in {duration(time.perf_counter() - clock.began)}: {step_folder(run, stop)}")
     return 0
-
-
-def summary(scores: dict[str, Any]) -> str:
-    """The scores of an evaluation in one line."""
-    parts = []
-    for way, name in (("image_to_text", "image to text"), ("text_to_image", "text to image")):
-        recall = scores["retrieval"][way]
-        parts.append(f"{name} R@1 {recall['r1']:.1%} R@5 {recall['r5']:.1%} R@10 {recall['r10']:.1%}")
-    parts.append(f"among {scores['retrieval']['captions']} captions")
-    if zero_shot := scores.get("zero_shot"):
-        parts.append(f"zero-shot top-1 {zero_shot['top1']:.1%} of {zero_shot['classes']} classes")
-    return ", ".join(parts)
 
 
 def _tokenizer(recipe: Recipe, dataset: Dataset, checkpoint: Checkpoint | None, ranks: Ranks) -> Tokenizer:

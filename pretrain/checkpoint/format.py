@@ -23,6 +23,7 @@ from pretrain.errors import RequestError, WeftError
 
 FORMAT, VERSION = "weft-checkpoint", 1
 DESCRIPTION, LATEST = "checkpoint.json", "latest"
+FILES = ("weight.safetensors", "exp_avg.safetensors", "exp_avg_sq.safetensors", "tokenizer.json")
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,18 @@ def step_folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step_{step:08d}"
 
 
+def complete_steps(checkpoints: Path) -> list[Path]:
+    """The complete checkpoints in a folder of them, in order of their steps."""
+    return sorted(path.parent for path in checkpoints.glob(f"step_*/{DESCRIPTION}"))
+
+
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that a path means: itself, or the newest of a run folder. RequestError when there is none."""
+    """The checkpoint that a path means: itself, or the newest of a run folder. RequestError when there is none.
+
+    The newest is what `latest` points to; where the link is lost (a copy without links), the highest complete step.
+    """
     path = Path(path)
-    for candidate in (path, path / "checkpoints" / LATEST, path / LATEST):
+    for candidate in (path, path / "checkpoints" / LATEST, path / LATEST, *complete_steps(path / "checkpoints")[-1:]):
         if (candidate / DESCRIPTION).is_file():
             return candidate.resolve()
     if not path.exists():
@@ -80,11 +89,20 @@ def describe(path: str | Path) -> Checkpoint:
             int(tree["samples"]),
             dict(tree["recipe"]),
             str(tree["data_fingerprint"]),
-            dict(tree["files"]),
-            dict(tree["parameters"]),
+            _files(tree["files"]),
+            {name: [int(side) for side in shape] for name, shape in tree["parameters"].items()},
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeftError(f"{folder / DESCRIPTION} does not describe a checkpoint of ours ({error})") from error
+
+
+def _files(tree: Any) -> dict[str, str]:
+    """Checksums by file name; ValueError unless every file of a checkpoint is among them."""
+    files = {str(name): str(checksum) for name, checksum in tree.items()}
+    for name in FILES:
+        if name not in files:
+            raise ValueError(f"it has no checksum of {name}")
+    return files
 
 
 def verify(checkpoint: Checkpoint) -> list[str]:

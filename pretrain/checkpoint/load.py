@@ -11,7 +11,7 @@ from safetensors import safe_open
 from data_pipeline import Tokenizer
 from pretrain.checkpoint.format import Checkpoint, describe, verify
 from pretrain.checkpoint.state import PARTS, restore_state, whole_shape
-from pretrain.config import Recipe
+from pretrain.config import Recipe, recipe_of
 from pretrain.errors import RequestError, WeftError
 from pretrain.models.dual import DualEncoder
 from pretrain.parallel.engine import Engine
@@ -41,7 +41,7 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[DualEncoder, Toke
     """
     checkpoint = describe(path)
     _check_whole(checkpoint)
-    recipe = Recipe.model_validate(checkpoint.recipe)
+    recipe = recipe_of(checkpoint.recipe, str(checkpoint.path))
     start_alone(torch.device(device))
     model = DualEncoder(recipe.model)
     _check_same_model({name: list(each.shape) for name, each in model.named_parameters()}, checkpoint)

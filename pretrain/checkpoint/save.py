@@ -12,7 +12,15 @@ import torch
 from safetensors.torch import save_file
 
 from data_pipeline import Tokenizer
-from pretrain.checkpoint.format import DESCRIPTION, FORMAT, LATEST, VERSION, checksum_of, step_folder
+from pretrain.checkpoint.format import (
+    DESCRIPTION,
+    FORMAT,
+    LATEST,
+    VERSION,
+    checksum_of,
+    complete_steps,
+    step_folder,
+)
 from pretrain.checkpoint.state import PARTS, gather_state
 from pretrain.config import Recipe
 from pretrain.errors import WeftError
@@ -45,7 +53,7 @@ def save_checkpoint(
         try:
             _write(folder, tensors, tokenizer, description)
             _point_latest(folder)
-            _drop_old(folder.parent, recipe.checkpoint.keep)
+            _drop_old(folder, recipe.checkpoint.keep)
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             why = "the disk is full" if full else str(error)
@@ -96,9 +104,12 @@ def _point_latest(folder: Path) -> None:
     aside.replace(folder.parent / LATEST)
 
 
-def _drop_old(checkpoints: Path, keep: int) -> None:
-    for old in sorted(checkpoints.glob("step_*"))[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+def _drop_old(newest: Path, keep: int) -> None:
+    """Keep `newest` and the keep - 1 checkpoints before it; those of later steps are of a run that was rolled back."""
+    before = [old for old in complete_steps(newest.parent) if old.name < newest.name]
+    for old in complete_steps(newest.parent):
+        if old != newest and old not in before[len(before) - keep + 1 :]:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:

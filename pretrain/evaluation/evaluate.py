@@ -78,6 +78,20 @@ def evaluate(
     return Evaluation(scores, _examples(dataset, image_NE, text_NE, sample_N, captions))
 
 
+def summary(scores: dict[str, Any]) -> str:
+    """The scores of an evaluation in one line."""
+    parts = []
+    if retrieval := scores.get("retrieval"):
+        for way in ("image_to_text", "text_to_image"):
+            recall = retrieval[way]
+            name = way.replace("_", " ")
+            parts.append(f"{name} R@1 {recall['r1']:.1%} R@5 {recall['r5']:.1%} R@10 {recall['r10']:.1%}")
+        parts.append(f"among {retrieval['captions']} captions")
+    if zero_shot := scores.get("zero_shot"):
+        parts.append(f"zero-shot top-1 {zero_shot['top1']:.1%} of {zero_shot['classes']} classes")
+    return ", ".join(parts)
+
+
 def _embed_all(
     model: DualEncoder, maker: BatchMaker, samples: int, batch_size: int, ranks: Ranks
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -256,3 +256,56 @@ def test_two_ranks_end_together_with_one_sentence(tmp_path: Path) -> None:
     assert done.stderr.count("weft: ") == 1
     assert "data.max_corrupt=3" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"files": {}}, "no checksum of weight.safetensors"),
+        ({"parameters": {"logit_scale.log": "x"}}, "does not describe a checkpoint"),
+        ({"parameters": [1]}, "does not describe a checkpoint"),
+        ({"recipe": {"data": {"train": "x"}, "trian": {}}}, "unknown key 'trian'"),
+    ],
+)
+def test_an_edited_checkpoint_is_one_sentence(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, object], words: str
+) -> None:
+    run = tmp_path / "run"
+    assert train(scenes / "train", run, "train.stop_at=2") == 0
+    description = describe(run).path / "checkpoint.json"
+    description.write_text(json.dumps({**json.loads(description.read_text()), **change}))
+    capsys.readouterr()
+    assert train(scenes / "train", run) in (1, 2)
+    assert words in sentence(capsys)
+
+
+def test_broken_metrics_do_not_stop_a_resume(scenes: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train(scenes / "train", run, "train.stop_at=3") == 0
+    metrics = run / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes().splitlines()[0] + b'\n{"no": "step"}\nnull\n\x9b\xff\n')
+    assert train(scenes / "train", run) == 0
+    assert [line["step"] for line in read_lines(metrics)] == [1, 4, 5, 6]
+
+
+def test_a_lost_link_neither_starts_again_nor_drops_the_newest(scenes: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    saving = ["checkpoint.every=2", "checkpoint.keep=2"]
+    assert train(scenes / "train", run, *saving, "train.stop_at=4") == 0
+    (run / "checkpoints" / "latest").unlink()  # as after a copy without links
+    assert describe(run).step == 4
+    assert train(scenes / "train", run, *saving) == 0
+    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert sorted(path.name for path in (run / "checkpoints").glob("step_*")) == ["step_00000004", "step_00000006"]
+    (run / "checkpoints" / "latest").unlink()
+    (run / "checkpoints" / "latest").symlink_to("step_00000004")  # rolled back by hand
+    assert train(scenes / "train", run, *saving, "train.stop_at=5") == 0
+    assert describe(run).step == 5
+    assert sorted(path.name for path in (run / "checkpoints").glob("step_*")) == ["step_00000004", "step_00000005"]
+
+
+def test_the_folder_given_to_import_is_pointed_into(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(scenes, tmp_path / "run") == 2
+    assert str(scenes / "train") in sentence(capsys)

@@ -95,7 +95,7 @@ def test_test_data_that_is_not_there_is_found_before_training(mistake: Any, data
 def test_a_batch_larger_than_the_data_is_refused(mistake: Any, data: Path, tmp_path: Path) -> None:
     settings = [f"data.train={data / 'train'}", f"data.test={data / 'test'}", f"run.dir={tmp_path / 'run'}"]
     sentence = mistake(2, "train", "quickstart", *settings)
-    assert "train.global_batch is 128" in sentence
+    assert "train.global_batch is 64" in sentence
     assert "only 40 samples" in sentence
 
 
@@ -173,9 +173,13 @@ def test_only_the_first_rank_speaks(
         (
             OSError(errno.ENOSPC, "No space left on device", "x"),
             1,
-            "the disk is full: x: no space left on device",
+            "the disk is full (x: no space left on device): make room and give the same command again",
         ),
-        (OSError(errno.EDQUOT, "Disk quota exceeded"), 1, "the disk is full: Disk quota exceeded"),
+        (
+            OSError(errno.EDQUOT, "Disk quota exceeded"),
+            1,
+            "the disk is full (Disk quota exceeded): make room and give the same command again",
+        ),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )

@@ -264,7 +264,11 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
         {"caption": [EVIL], "jpeg": base64.b64encode(b"<svg onload=alert(1)>").decode()},
         EVIL,
     ]
-    config = recipe().model_dump() | {"run": {"dir": EVIL}, "data": {"train": EVIL}, "eval": {"templates": [EVIL]}}
+    config = recipe().model_dump() | {
+        "run": {"dir": EVIL},
+        "data": {"train": EVIL},
+        "eval": {"templates": [EVIL + " {}"]},
+    }
     run = run_folder(
         tmp_path / "a<b>&",
         [line(40, **{EVIL: EVIL})],
