@@ -16,7 +16,6 @@ Design choices:
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import os
 import signal
@@ -43,7 +42,7 @@ from data_pipeline.transforms import ImageTransform, TextTransform, sample_gener
 ATTEMPTS = 16  # a position whose replacements all fail this often stands in a data set that is beyond repair
 PREFETCH = 2  # batches a worker keeps ready
 HELD = 3  # batches the consumer may hold, before more are sent by copy: the last, the one in hand, and one in advance
-GRACE_SECONDS = 60.0  # after a SIGTERM, for the trainer to finish its step
+SEES_SENDER = hasattr(signal, "sigtimedwait")  # not on macOS
 WATCH_SECONDS = 1.0  # how often a worker looks whether the trainer is still there
 
 
@@ -330,23 +329,23 @@ def _start_worker(trainer: int, worker: int) -> None:
 
     It finishes its step, saves and ends its workers; were one of them gone before, DataLoader would raise instead.
     """
-    told = threading.Event()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: told.set())
-    threading.Thread(target=_end_with, args=(trainer, told), daemon=True).start()
+    if SEES_SENDER:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # only `_end_with` takes it, and sees who sent it
+    threading.Thread(target=_end_with, args=(trainer,), daemon=True).start()
 
 
-def _end_with(trainer: int, told: threading.Event) -> None:
-    """End this worker when the trainer is gone, or `GRACE_SECONDS` after a SIGTERM.
+def _end_with(trainer: int) -> None:
+    """End this worker when the trainer is gone, or sends SIGTERM itself.
 
-    DataLoader sees to that only where a worker waits for work: one that has more to send than a pipe holds would wait
-    for a reader for ever, as every worker has inherited the reading end and so keeps the pipe open itself.
+    DataLoader sees to the first only where a worker waits for work: one that has more to send than a pipe holds would
+    wait for a reader for ever, as every worker has inherited the reading end and so keeps the pipe open itself.
     """
-    leave = math.inf
-    while os.getppid() == trainer and time.monotonic() < leave:
-        if told.is_set():
-            leave = min(leave, time.monotonic() + GRACE_SECONDS)
-        time.sleep(WATCH_SECONDS)
+    while os.getppid() == trainer:
+        if not SEES_SENDER:
+            time.sleep(WATCH_SECONDS)
+        elif (told := signal.sigtimedwait({signal.SIGTERM}, WATCH_SECONDS)) and told.si_pid == trainer:
+            break
     os._exit(1)
 
 
