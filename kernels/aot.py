@@ -1,0 +1,285 @@
+"""Ahead-of-time gate: what the Triton kernels become on GPUs that need not be here.
+
+    python -m kernels.aot            compile every shipped configuration for every target, print a table, check it
+    python -m kernels.aot --update   compile what changed since the golden numbers were made, and write them anew
+
+A kernels/*_triton.py says which configurations it ships with `aot_cases() -> list[AotCase]`. A case is compiled from
+an explicit signature (triton.compiler.ASTSource) for a `TARGETS` entry, and read with the ptxas and cuobjdump of the
+Triton wheel (for AMD: from the assembly). This proves that a kernel compiles, fits, keeps its values in registers and
+uses the tensor cores and asynchronous copies; it says nothing of speed, and correctness is the interpreter tests'.
+
+Design choices:
+- The compiler takes a kernel that needs more shared memory than there is, so the limit is checked here.
+- Golden numbers are exact and belong to one version of Triton; with another, only the limits are checked.
+- They carry a fingerprint of what was compiled, so that the tests need not compile it all again (minutes): those whose
+  fingerprint is still the same are taken as they are, but for one case of every kernel and target.
+- A spill is accepted where the case names its reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import hashlib
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+GOLDEN = Path(__file__).parents[1] / "tests/kernels/ahead_of_time/golden.json"
+INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "UTMALDG", "LDGSTS", "MUFU")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU to compile for; shared memory in bytes, the most that one block can have."""
+
+    backend: str
+    arch: int | str
+    lanes: int
+    shared: int
+
+
+TARGETS = {
+    "sm_80": Target("cuda", 80, 32, 166912),
+    "sm_90": Target("cuda", 90, 32, 232448),
+    "sm_100": Target("cuda", 100, 32, 232448),
+    "gfx942": Target("hip", "gfx942", 64, 65536),
+}
+
+
+@dataclass(frozen=True)
+class AotCase:
+    """One shipped configuration of a kernel.
+
+    signature: type of every argument that is not a constexpr: "*bf16", "fp32", "i32", "tensordesc<bf16[128, 64]>".
+    attrs: names of the arguments that are divisible by 16 (pointers: aligned to 16 bytes).
+    options: num_warps, num_stages and the like. targets: names in TARGETS that the configuration is shipped for.
+    spills: by target, why its register spills are accepted. matrix: whether it must use the tensor cores.
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    attrs: Collection[str]
+    options: Mapping[str, Any]
+    targets: Collection[str] = tuple(TARGETS)
+    spills: Mapping[str, str] = field(default_factory=dict)
+    matrix: bool = True
+
+
+Numbers = dict[str, int]
+
+
+def fingerprint(case: AotCase, target_name: str) -> str:
+    """Changes with the source of the kernel or of any kernel function its file sees, and with the configuration."""
+    sources: dict[str, str] = {}
+
+    def see(function: Any) -> None:
+        if function.__name__ not in sources:
+            sources[function.__name__] = function.src
+            for name, value in function.fn.__globals__.items():
+                if hasattr(value, "src") and hasattr(value, "arg_names"):
+                    see(value)
+                elif type(value).__name__ == "constexpr":
+                    sources[name] = repr(value)
+
+    see(case.kernel)
+    configuration = (case.signature, case.constexprs, case.options)
+    settings = [sorted((name, str(value)) for name, value in each.items()) for each in configuration]
+    text = repr((case.kernel.__name__, sorted(sources.items()), settings, sorted(case.attrs), TARGETS[target_name]))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def collect() -> list[AotCase]:
+    """The cases of every kernels/*_triton.py that has `aot_cases`; one case of a name for a target."""
+    cases: list[AotCase] = []
+    for file in sorted(Path(__file__).parent.glob("*_triton.py")):
+        module = importlib.import_module(f"kernels.{file.stem}")
+        cases += module.aot_cases() if hasattr(module, "aot_cases") else []
+    keys = collections.Counter(f"{case.name} on {target}" for case in cases for target in case.targets)
+    repeated = [key for key, count in keys.items() if count > 1]
+    if repeated:
+        raise ValueError(f"ahead-of-time cases of one name: {', '.join(repeated)}")
+    return cases
+
+
+def measure(case: AotCase, target_name: str) -> Numbers:
+    """Compile a case for a target and count: registers a thread, bytes of shared memory, spills, instructions.
+
+    Raises RuntimeError under TRITON_INTERPRET, which replaces the compiler.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("TRITON_INTERPRET=1 is set: the interpreter compiles nothing; unset it")
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    target = TARGETS[target_name]
+    names = case.kernel.arg_names
+    unknown = (set(case.signature) | set(case.constexprs)) ^ set(names)
+    if unknown or set(case.signature) & set(case.constexprs):
+        raise ValueError(f"case {case.name}: {sorted(unknown)} not once in signature or constexprs and the kernel")
+    source = ASTSource(
+        fn=case.kernel,
+        signature={name: case.signature.get(name, "constexpr") for name in names},
+        constexprs=dict(case.constexprs),
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.attrs},
+    )
+    compiled = triton.compile(
+        source, target=GPUTarget(target.backend, target.arch, target.lanes), options=dict(case.options)
+    )
+    numbers = {"shared": compiled.metadata.shared}
+    if target.backend == "hip":
+        return numbers | _read_amd(compiled.asm["amdgcn"])
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    if tensor_memory := getattr(compiled.metadata, "tmem_size", 0):
+        numbers["tensor_memory"] = tensor_memory
+    return numbers | _read_nvidia(compiled.asm["ptx"], compiled.asm["cubin"], tools)
+
+
+def _read_nvidia(ptx: str, cubin: bytes, tools: Path) -> Numbers:
+    """Spills are bytes a thread."""
+    chip = re.findall(r"^\.target (\w+)", ptx, re.MULTILINE)[0]
+    assembler = "ptxas-blackwell" if int(re.sub(r"\D", "", chip)) >= 100 else "ptxas"
+    with tempfile.TemporaryDirectory() as folder:
+        ptx_file, cubin_file = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        ptx_file.write_text(ptx)
+        cubin_file.write_bytes(cubin)
+        report = _output(tools / assembler, "-v", f"--gpu-name={chip}", ptx_file, "-o", "/dev/null")
+        code = _output(tools / "cuobjdump", "-sass", cubin_file)
+    counts = collections.Counter(re.findall(r"\b[A-Z][A-Z0-9]+\b", code))
+    if "EXIT" not in counts:
+        raise RuntimeError(f"cuobjdump shows no instructions for {chip}")
+    return {
+        "registers": int(re.findall(r"Used (\d+) registers", report)[0]),
+        "spill_stores": sum(map(int, re.findall(r"(\d+) bytes spill stores", report))),
+        "spill_loads": sum(map(int, re.findall(r"(\d+) bytes spill loads", report))),
+        **{name: counts[name] for name in INSTRUCTIONS if counts[name]},
+    }
+
+
+def _read_amd(assembly: str) -> Numbers:
+    """Spills are registers."""
+
+    def largest(name: str) -> int:
+        return max(map(int, re.findall(rf"\.{name}:\s+(\d+)", assembly)))
+
+    return {
+        "registers": largest("vgpr_count"),  # accumulation registers included
+        "spill_stores": largest("vgpr_spill_count"),  # those of scalar registers go to lanes of vector ones
+        "MFMA": len(re.findall(r"\bv_mfma\w+", assembly)),
+    }
+
+
+def _output(*command: str | Path) -> str:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{Path(command[0]).name} failed: {done.stdout.strip()}")
+    return done.stdout
+
+
+def problems(case: AotCase, target_name: str, numbers: Numbers) -> list[str]:
+    """What of a compiled case is over a limit, in words; empty when all is well."""
+    found = []
+    limit = TARGETS[target_name].shared
+    if numbers["shared"] > limit:
+        found.append(f"{numbers['shared']} bytes of shared memory, {limit} are there")
+    if numbers["spill_stores"] and target_name not in case.spills:
+        found.append(f"spills {numbers['spill_stores']}; name a reason in AotCase.spills or choose smaller tiles")
+    if not numbers["spill_stores"] and target_name in case.spills:
+        found.append("spills nothing although AotCase.spills gives a reason; remove it")
+    if case.matrix:
+        wanted = {"sm_80": ["HMMA"], "sm_90": ["HGMMA"], "sm_100": ["UTCHMMA"], "gfx942": ["MFMA"]}[target_name]
+        copies = [] if target_name == "gfx942" else ["LDGSTS", "UTMALDG"]
+        found += [f"no {'/'.join(names)}" for names in (wanted, copies) if names and not any(map(numbers.get, names))]
+    return [f"{case.name} on {target_name}: {each}" for each in found]
+
+
+@dataclass(frozen=True)
+class Golden:
+    """The numbers on record, by "case on target", and what they belong to."""
+
+    triton: str
+    numbers: dict[str, Numbers]
+    fingerprints: dict[str, str]
+
+    def holds(self, case: AotCase, target_name: str, version: str) -> bool:
+        """Whether compiling anew could only give what is on record."""
+        known = self.fingerprints.get(f"{case.name} on {target_name}")
+        return self.triton == version and known == fingerprint(case, target_name)
+
+
+def read_golden() -> Golden:
+    """All empty when there is no file yet."""
+    content: dict[str, Any] = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {"triton": "", "cases": {}}
+    cases = content["cases"]
+    prints = {key: case.pop("fingerprint") for key, case in cases.items()}
+    return Golden(content["triton"], cases, prints)
+
+
+def write_golden(version: str, numbers: Mapping[str, Numbers], fingerprints: Mapping[str, str]) -> None:
+    """One line a case."""
+    lines = [f"{json.dumps(key)}: {json.dumps(numbers[key] | {'fingerprint': fingerprints[key]})}" for key in numbers]
+    body = ",\n".join(sorted(lines))
+    GOLDEN.write_text(f'{{"triton": "{version}", "cases": {{\n{body}\n}}}}\n')
+
+
+def differences(mine: Mapping[str, Numbers], golden: Mapping[str, Numbers]) -> list[str]:
+    """Every number that is not the golden one, in words."""
+    return [
+        f"{key}: {mine.get(key, 'gone')}, golden {golden.get(key, 'lacks it')}"
+        for key in sorted({*mine, *golden})
+        if mine.get(key) != golden.get(key)
+    ]
+
+
+def choose_cache_folder() -> None:
+    """Keep compiled kernels of this Triton in a folder of their own, unless TRITON_CACHE_DIR names one."""
+    from importlib.metadata import version
+
+    folder = Path(tempfile.gettempdir(), f"weft-ahead-of-time-{os.getuid()}-triton-{version('triton')}")
+    os.environ.setdefault("TRITON_CACHE_DIR", str(folder))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m kernels.aot", description=__doc__.splitlines()[0])
+    parser.add_argument("--update", action="store_true", help="write the golden numbers anew")
+    update = parser.parse_args().update
+    choose_cache_folder()
+    import triton
+
+    columns = ("registers", "shared", "spill_stores", "tensor_memory", *INSTRUCTIONS, "MFMA")
+    print(f"{'triton ' + triton.__version__:66}", *(f"{name.removesuffix('_stores'):>9}"[:9] for name in columns))
+    golden, version = read_golden(), triton.__version__
+    mine: dict[str, Numbers] = {}
+    fingerprints: dict[str, str] = {}
+    wrong = []
+    for case in collect():
+        for target in case.targets:
+            key = f"{case.name} on {target}"
+            known = update and golden.holds(case, target, version)
+            mine[key] = numbers = golden.numbers[key] if known else measure(case, target)
+            fingerprints[key] = fingerprint(case, target)
+            print(f"{key:66}", *(f"{numbers.get(name, '-'):>9}" for name in columns), flush=True)
+            wrong += problems(case, target, numbers)
+    if update:
+        write_golden(version, mine, fingerprints)
+    elif version == golden.triton:
+        wrong += differences(mine, golden.numbers)
+    else:
+        print(f"golden numbers are those of triton {golden.triton or '(none)'}: only the limits are checked")
+    print(*wrong, sep="\n", end="\n" if wrong else "")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
