@@ -260,6 +260,8 @@ def main() -> int:
     columns = ("registers", "shared", "spill_stores", "tensor_memory", *INSTRUCTIONS, "MFMA")
     print(f"{'triton ' + triton.__version__:66}", *(f"{name.removesuffix('_stores'):>9}"[:9] for name in columns))
     golden, version = read_golden(), triton.__version__
+    if update and golden.triton != version:
+        golden = Golden(version, {}, {})
     mine: dict[str, Numbers] = {}
     fingerprints: dict[str, str] = {}
     wrong = []
@@ -271,6 +273,8 @@ def main() -> int:
             fingerprints[key] = fingerprint(case, target)
             print(f"{key:66}", *(f"{numbers.get(name, '-'):>9}" for name in columns), flush=True)
             wrong += problems(case, target, numbers)
+            if update and not known:  # an interrupted run goes on where it stood
+                write_golden(version, golden.numbers | mine, golden.fingerprints | fingerprints)
     if update:
         write_golden(version, mine, fingerprints)
     elif version == golden.triton:

@@ -61,11 +61,12 @@ def test_the_gate_refuses_what_it_should() -> None:
     large = dataclasses.replace(case, options={"num_warps": 8, "num_stages": 9})
     problems = aot.problems(large, target, aot.measure(large, target))
     assert any("bytes of shared memory, 232448 are there" in each for each in problems), problems
-    tight = dataclasses.replace(case, options={"num_warps": 4, "num_stages": 3, "maxnreg": 64})
-    spilling = aot.measure(tight, target)
+    case_80, target_80 = CASES["contrastive sums fp32 D512 on sm_80"]
+    wide = dataclasses.replace(case_80, constexprs={**case_80.constexprs, "COLUMNS": 128})
+    spilling = aot.measure(wide, target_80)
     assert spilling["spill_stores"] > 0
-    assert any("spills" in each for each in aot.problems(tight, target, spilling))
-    assert aot.problems(dataclasses.replace(tight, spills={target: "a test"}), target, spilling) == []
+    assert any("name a reason in AotCase.spills" in each for each in aot.problems(wide, target_80, spilling))
+    assert aot.problems(dataclasses.replace(wide, spills={target_80: "a test"}), target_80, spilling) == []
     plain = aot.measure(case, target) | {"HGMMA": 0, "LDGSTS": 0}
     assert len(aot.problems(case, target, plain)) == 2
 
