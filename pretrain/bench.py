@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from data_pipeline import Batch
+from data_pipeline.tokenizer import EOS
 from pretrain.config import Recipe
 from pretrain.flops import training_flops_per_sample
 from pretrain.models.dual import DTYPES, DualEncoder
@@ -153,6 +154,6 @@ def _random_batch(recipe: Recipe, rows: int, ranks: Ranks, number: int) -> Batch
     size, context = recipe.model.vision.image_size, recipe.model.text.context
     image = torch.randint(0, 256, (rows, 3, size, size), generator=generator, dtype=torch.uint8)
     text = torch.randint(4, recipe.model.text.vocab_size, (rows, context), generator=generator)
-    text[:, -1] = 1  # the end mark
+    text[:, -1] = EOS
     places = torch.arange(rows)
     return Batch(image, text, places, places, []).to(ranks.device)

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pretrain.config import Model, Tower
+from data_pipeline.tokenizer import EOS
+from pretrain.config import VOCABULARY_MULTIPLE, Model, Tower
 from pretrain.models.dual import DualEncoder
-from pretrain.models.towers import EOS, VOCABULARY_MULTIPLE, cut_into_patches, sincos_2d
+from pretrain.models.towers import cut_into_patches, sincos_2d
 
 
 class PlainBlock(nn.Module):

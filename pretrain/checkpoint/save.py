@@ -106,10 +106,10 @@ def _point_latest(folder: Path) -> None:
 
 def _drop_old(newest: Path, keep: int) -> None:
     """Keep `newest` and the keep - 1 checkpoints before it; those of later steps are of a run that was rolled back."""
-    before = [old for old in complete_steps(newest.parent) if old.name < newest.name]
-    for old in complete_steps(newest.parent):
-        if old != newest and old not in before[len(before) - keep + 1 :]:
-            shutil.rmtree(old, ignore_errors=True)
+    steps = complete_steps(newest.parent)
+    end = steps.index(newest) + 1
+    for old in steps[: max(0, end - keep)] + steps[end:]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:

@@ -27,7 +27,7 @@ from data_pipeline import (
     decode_image,
     sequential_batches,
 )
-from data_pipeline.tokenizer import BOS, EOS
+from data_pipeline.tokenizer import BOS, EOS, PAD
 from pretrain.config import Eval, Model
 from pretrain.errors import WeftError
 from pretrain.evaluation.retrieval import nearest, retrieval_scores
@@ -103,7 +103,7 @@ def _embed_all(
         batch = next(batches, None)
         if batch is None:
             size, context = maker.image.size, maker.text.context  # type: ignore[union-attr]  # evaluate gives both
-            blank = torch.tensor([BOS, EOS] + [0] * (context - 2), device=ranks.device)
+            blank = torch.tensor([BOS, EOS] + [PAD] * (context - 2), device=ranks.device)
             image, text = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=ranks.device), blank[None]
             sample = torch.tensor([-1])
         else:

@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from data_pipeline.tokenizer import EOS
 from pretrain.config import VOCABULARY_MULTIPLE, Text, Vision
 from pretrain.models.transformer import build_block
-
-EOS = 1  # end mark of data_pipeline.tokenizer, the same in every vocabulary
 
 
 class VisionTower(torch.nn.Module):

@@ -201,7 +201,7 @@ def test_an_unknown_key_like_nothing_gets_no_false_advice() -> None:
         ("model.vision.heads=3", ["model.vision", "width 128 does not divide into 3 heads"]),
         ("model.vision.patch=7", ["model.vision", "image_size 64 is not a multiple of patch 7"]),
         ("model.vision={width: 6, heads: 2}", ["model.vision", "multiple of 4, not 6"]),
-        ("train.warmup=1050", ["train.warmup is 1050", "train.steps is only 1050"]),
+        ("train.warmup=900", ["train.warmup is 900", "train.steps is only 900"]),
     ],
 )
 def test_a_wrong_value_is_refused_with_key_value_and_what_is_allowed(override: str, words: list[str]) -> None:

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from data_pipeline.tokenizer import EOS
 from pretrain.config import Model
 from pretrain.models.dual import DualEncoder
 from pretrain.models.initialise import initialise
-from pretrain.models.towers import EOS, cut_into_patches, sincos_2d
+from pretrain.models.towers import cut_into_patches, sincos_2d
 from pretrain.objectives import OBJECTIVES, Objective
 from pretrain.parallel.groups import Ranks
 
