@@ -1,16 +1,18 @@
 """Ahead-of-time gate: what the Triton kernels become on GPUs that need not be here.
 
-    python -m kernels.aot            compile every shipped configuration for every target, print a table, check it
-    python -m kernels.aot --update   compile what changed since the golden numbers were made, and write them anew
+    python -m kernels.aot [FILE ...]            compile all that the files (of kernels/gpu) ship, print and check it
+    python -m kernels.aot [FILE ...] --update   compile what changed since the golden numbers were made, write them anew
 
-A kernels/*_triton.py says which configurations it ships with `aot_cases() -> list[AotCase]`. A case is compiled from
-an explicit signature (triton.compiler.ASTSource) for a `TARGETS` entry, and read with the ptxas and cuobjdump of the
-Triton wheel (for AMD: from the assembly). This proves that a kernel compiles, fits, keeps its values in registers and
-uses the tensor cores and asynchronous copies; it says nothing of speed, and correctness is the interpreter tests'.
+A kernels/gpu/*.py says which configurations it ships with `aot_cases() -> list[AotCase]`. A case is compiled from
+an explicit signature (triton.compiler.ASTSource, or Gluon's) for a `TARGETS` entry, and read with the ptxas and
+cuobjdump of the Triton wheel (for AMD: from the assembly). This proves that a kernel compiles, fits, keeps its values
+in registers and uses the tensor cores and asynchronous copies; it says nothing of speed, and correctness is the
+interpreter tests'.
 
 Design choices:
 - The compiler takes a kernel that needs more shared memory than there is, so the limit is checked here.
-- Golden numbers are exact and belong to one version of Triton; with another, only the limits are checked.
+- Golden numbers are exact and belong to one version of Triton; with another, only the limits are checked. Each file of
+  kernels/gpu has a file of them.
 - They carry a fingerprint of what was compiled, so that the tests need not compile it all again (minutes): those whose
   fingerprint is still the same are taken as they are, but for one case of every kernel and target.
 - A spill is accepted where the case names its reason.
@@ -33,8 +35,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-GOLDEN = Path(__file__).parents[1] / "tests/kernels/ahead_of_time/golden.json"
-INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "UTMALDG", "LDGSTS", "MUFU")
+GOLDEN = Path(__file__).parents[1] / "tests/kernels/ahead_of_time/golden"
+INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "UTMALDG", "LDGSTS", "USETMAXREG", "MUFU")
+COLUMNS = ("registers", "shared", "spill_stores", "tensor_memory", *INSTRUCTIONS, "MFMA")  # of the table
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ TARGETS = {
 class AotCase:
     """One shipped configuration of a kernel.
 
-    signature: type of every argument that is not a constexpr: "*bf16", "fp32", "i32", "tensordesc<bf16[128, 64]>".
+    signature: type of every argument that is not a constexpr: "*bf16", "fp32", "i32", "tensordesc<bf16[128, 64]>", in
+    Gluon "tensordesc<bf16[128, 64],LAYOUT>" with the layout's repr.
     attrs: names of the arguments that are divisible by 16 (pointers: aligned to 16 bytes).
     options: num_warps, num_stages and the like. targets: names in TARGETS that the configuration is shipped for.
     spills: by target, why its register spills are accepted. matrix: whether it must use the tensor cores.
@@ -99,21 +103,35 @@ def fingerprint(case: AotCase, target_name: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def collect() -> list[AotCase]:
-    """The cases of every kernels/*_triton.py that has `aot_cases`; one case of a name for a target."""
-    cases: list[AotCase] = []
-    for file in sorted(Path(__file__).parent.glob("*_triton.py")):
-        module = importlib.import_module(f"kernels.{file.stem}")
-        cases += module.aot_cases() if hasattr(module, "aot_cases") else []
+def shipping() -> list[str]:
+    """The files of kernels/gpu that ship kernels, without their ending."""
+    files = sorted(Path(__file__).parent.glob("gpu/[!_]*.py"))
+    return [file.stem for file in files if "def aot_cases(" in file.read_text()]
+
+
+def collect(file: str) -> list[AotCase]:
+    """The cases of one file. Raises ValueError when a case and target come twice."""
+    cases: list[AotCase] = importlib.import_module(f"kernels.gpu.{file}").aot_cases()
     keys = collections.Counter(f"{case.name} on {target}" for case in cases for target in case.targets)
     repeated = [key for key, count in keys.items() if count > 1]
     if repeated:
-        raise ValueError(f"ahead-of-time cases of one name: {', '.join(repeated)}")
+        raise ValueError(f"{file}: ahead-of-time cases of one name: {', '.join(repeated)}")
     return cases
 
 
 def measure(case: AotCase, target_name: str) -> Numbers:
-    """Compile a case for a target and count: registers a thread, bytes of shared memory, spills, instructions.
+    """Compile a case for a target and count: registers a thread, bytes of shared memory, spills, instructions."""
+    compiled = compile_case(case, target_name)
+    numbers = {"shared": compiled.metadata.shared}
+    if TARGETS[target_name].backend == "hip":
+        return numbers | _read_amd(compiled.asm["amdgcn"])
+    if tensor_memory := getattr(compiled.metadata, "tmem_size", 0):
+        numbers["tensor_memory"] = tensor_memory
+    return numbers | _read_nvidia(compiled.asm["ptx"], compiled.asm["cubin"])
+
+
+def compile_case(case: AotCase, target_name: str) -> Any:
+    """The compiled kernel, as triton.compile gives it.
 
     Raises RuntimeError under TRITON_INTERPRET, which replaces the compiler.
     """
@@ -128,43 +146,57 @@ def measure(case: AotCase, target_name: str) -> Numbers:
     unknown = (set(case.signature) | set(case.constexprs)) ^ set(names)
     if unknown or set(case.signature) & set(case.constexprs):
         raise ValueError(f"case {case.name}: {sorted(unknown)} not once in signature or constexprs and the kernel")
-    source = ASTSource(
+    source_of: Any = ASTSource
+    if case.kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        source_of = GluonASTSource
+    source = source_of(
         fn=case.kernel,
         signature={name: case.signature.get(name, "constexpr") for name in names},
         constexprs=dict(case.constexprs),
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.attrs},
     )
-    compiled = triton.compile(
-        source, target=GPUTarget(target.backend, target.arch, target.lanes), options=dict(case.options)
-    )
-    numbers = {"shared": compiled.metadata.shared}
-    if target.backend == "hip":
-        return numbers | _read_amd(compiled.asm["amdgcn"])
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    if tensor_memory := getattr(compiled.metadata, "tmem_size", 0):
-        numbers["tensor_memory"] = tensor_memory
-    return numbers | _read_nvidia(compiled.asm["ptx"], compiled.asm["cubin"], tools)
+    gpu = GPUTarget(target.backend, target.arch, target.lanes)
+    return triton.compile(source, target=gpu, options=dict(case.options))
 
 
-def _read_nvidia(ptx: str, cubin: bytes, tools: Path) -> Numbers:
+def _read_nvidia(ptx: str, cubin: bytes) -> Numbers:
     """Spills are bytes a thread."""
-    chip = re.findall(r"^\.target (\w+)", ptx, re.MULTILINE)[0]
-    assembler = "ptxas-blackwell" if int(re.sub(r"\D", "", chip)) >= 100 else "ptxas"
-    with tempfile.TemporaryDirectory() as folder:
-        ptx_file, cubin_file = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        ptx_file.write_text(ptx)
-        cubin_file.write_bytes(cubin)
-        report = _output(tools / assembler, "-v", f"--gpu-name={chip}", ptx_file, "-o", "/dev/null")
-        code = _output(tools / "cuobjdump", "-sass", cubin_file)
+    report, code = assembler_report(ptx), machine_code(cubin)
     counts = collections.Counter(re.findall(r"\b[A-Z][A-Z0-9]+\b", code))
     if "EXIT" not in counts:
-        raise RuntimeError(f"cuobjdump shows no instructions for {chip}")
+        raise RuntimeError("cuobjdump shows no instructions")
     return {
         "registers": int(re.findall(r"Used (\d+) registers", report)[0]),
         "spill_stores": sum(map(int, re.findall(r"(\d+) bytes spill stores", report))),
         "spill_loads": sum(map(int, re.findall(r"(\d+) bytes spill loads", report))),
         **{name: counts[name] for name in INSTRUCTIONS if counts[name]},
     }
+
+
+def assembler_report(ptx: str) -> str:
+    """What ptxas says of a kernel: registers, spills, warnings."""
+    chip = re.findall(r"^\.target (\w+)", ptx, re.MULTILINE)[0]
+    assembler = "ptxas-blackwell" if int(re.sub(r"\D", "", chip)) >= 100 else "ptxas"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        return _output(_tools() / assembler, "-v", f"--gpu-name={chip}", file.name, "-o", "/dev/null")
+
+
+def machine_code(cubin: bytes) -> str:
+    """The instructions (SASS) of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return _output(_tools() / "cuobjdump", "-sass", file.name)
+
+
+def _tools() -> Path:
+    import triton
+
+    return Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 def _read_amd(assembly: str) -> Numbers:
@@ -218,19 +250,21 @@ class Golden:
         return self.triton == version and known == fingerprint(case, target_name)
 
 
-def read_golden() -> Golden:
-    """All empty when there is no file yet."""
-    content: dict[str, Any] = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {"triton": "", "cases": {}}
+def read_golden(file: str) -> Golden:
+    """Those of one file of kernels/gpu; all empty when there are none yet."""
+    path = GOLDEN / f"{file}.json"
+    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"triton": "", "cases": {}}
     cases = content["cases"]
     prints = {key: case.pop("fingerprint") for key, case in cases.items()}
     return Golden(content["triton"], cases, prints)
 
 
-def write_golden(version: str, numbers: Mapping[str, Numbers], fingerprints: Mapping[str, str]) -> None:
+def write_golden(file: str, golden: Golden) -> None:
     """One line a case."""
-    lines = [f"{json.dumps(key)}: {json.dumps(numbers[key] | {'fingerprint': fingerprints[key]})}" for key in numbers]
-    body = ",\n".join(sorted(lines))
-    GOLDEN.write_text(f'{{"triton": "{version}", "cases": {{\n{body}\n}}}}\n')
+    cases = {key: numbers | {"fingerprint": golden.fingerprints[key]} for key, numbers in golden.numbers.items()}
+    body = ",\n".join(sorted(f"{json.dumps(key)}: {json.dumps(case)}" for key, case in cases.items()))
+    GOLDEN.mkdir(exist_ok=True)
+    (GOLDEN / f"{file}.json").write_text(f'{{"triton": "{golden.triton}", "cases": {{\n{body}\n}}}}\n')
 
 
 def differences(mine: Mapping[str, Numbers], golden: Mapping[str, Numbers]) -> list[str]:
@@ -250,37 +284,46 @@ def choose_cache_folder() -> None:
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m kernels.aot", description=__doc__.splitlines()[0])
-    parser.add_argument("--update", action="store_true", help="write the golden numbers anew")
-    update = parser.parse_args().update
-    choose_cache_folder()
+def check(file: str, update: bool) -> list[str]:
+    """Compile and print the cases of a file; what is wrong with them, in words."""
     import triton
 
-    columns = ("registers", "shared", "spill_stores", "tensor_memory", *INSTRUCTIONS, "MFMA")
-    print(f"{'triton ' + triton.__version__:66}", *(f"{name.removesuffix('_stores'):>9}"[:9] for name in columns))
-    golden, version = read_golden(), triton.__version__
+    golden, version = read_golden(file), triton.__version__
     if update and golden.triton != version:
         golden = Golden(version, {}, {})
-    mine: dict[str, Numbers] = {}
-    fingerprints: dict[str, str] = {}
+    mine = Golden(version, {}, {})
     wrong = []
-    for case in collect():
+    for case in collect(file):
         for target in case.targets:
             key = f"{case.name} on {target}"
             known = update and golden.holds(case, target, version)
-            mine[key] = numbers = golden.numbers[key] if known else measure(case, target)
-            fingerprints[key] = fingerprint(case, target)
-            print(f"{key:66}", *(f"{numbers.get(name, '-'):>9}" for name in columns), flush=True)
+            mine.numbers[key] = numbers = golden.numbers[key] if known else measure(case, target)
+            mine.fingerprints[key] = fingerprint(case, target)
+            print(f"{key:66}", *(f"{numbers.get(name, '-'):>9}" for name in COLUMNS), flush=True)
             wrong += problems(case, target, numbers)
             if update and not known:  # an interrupted run goes on where it stood
-                write_golden(version, golden.numbers | mine, golden.fingerprints | fingerprints)
+                numbers_so_far = golden.numbers | mine.numbers
+                write_golden(file, Golden(version, numbers_so_far, golden.fingerprints | mine.fingerprints))
     if update:
-        write_golden(version, mine, fingerprints)
+        write_golden(file, mine)
     elif version == golden.triton:
-        wrong += differences(mine, golden.numbers)
+        wrong += differences(mine.numbers, golden.numbers)
     else:
-        print(f"golden numbers are those of triton {golden.triton or '(none)'}: only the limits are checked")
+        print(f"{file}: golden numbers are those of triton {golden.triton or '(none)'}, only the limits are checked")
+    return wrong
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m kernels.aot", description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="*", metavar="FILE", help=f"of kernels/gpu; all of them are {shipping()}")
+    parser.add_argument("--update", action="store_true", help="write the golden numbers anew")
+    arguments = parser.parse_args()
+    files = arguments.files or shipping()
+    if unknown := set(files) - set(shipping()):
+        parser.error(f"{', '.join(sorted(unknown))}: no file of kernels/gpu that ships kernels")
+    choose_cache_folder()
+    print(f"{'':66}", *(f"{name.removesuffix('_stores'):>9}"[:9] for name in COLUMNS))
+    wrong = [each for file in files for each in check(file, arguments.update)]
     print(*wrong, sep="\n", end="\n" if wrong else "")
     return 1 if wrong else 0
 

@@ -9,323 +9,342 @@ Pairwise sigmoid (Zhai et al. 2023, algorithm 1), t_ij = scale x_i . y_j + bias,
 
     L = 1/N sum_ij log(1 + exp(-z_ij t_ij)),      dL/dt_ij = -z_ij / (1 + exp(z_ij t_ij)) / N
 
+Extra negatives y_j, j > N, are wrong answers for every x_i and for nothing else: InfoNCE's logsumexp_j and the sigmoid
+loss's sum go over them too; logsumexp_i stays as it is. Label smoothing e makes the target of row i, of K answers,
+(1 - e) [i = j] + e / K, with K = N + M for the rows and N for the columns.
+
 Design choices:
-- The N x N matrix is never whole: rows come in chunks of `CHUNK_BYTES`, and InfoNCE makes them again in the backward
-  (8 N^2 D operations). The sigmoid loss is separable, so loss and gradients come from one pass (6 N^2 D).
+- The N x N matrix is never whole. It is made in squares; InfoNCE makes it twice (8 N^2 D operations), the sigmoid loss,
+  which is separable, once (6 N^2 D).
+- One custom operation returns the loss and all gradients, and the backward only multiplies them. So the other ranks'
+  embeddings and all that grows with N live inside one call, and torch.compile sees shapes of this rank only. Without
+  gradients (none required, or torch.no_grad) it makes the loss alone.
 - InfoNCE subtracts one constant from every logit instead of a running maximum, so one exponential serves the row
   sum and the column sum, forward and backward. |s| is bounded by scale * max|x| * max|y|; should a sum still leave
-  the range of fp32, both passes are repeated with exact maxima (`_Exact`).
+  the range of fp32, both passes are repeated with exact maxima, in plain torch.
 - Near the end of training s_ii is nearly all of its log-sum-exp, and their difference and exp(.) - 1 on the diagonal
   would be rounding noise. So the wrong answers are summed without s_ii, and both come from the log odds against the
   true pair, row_i = logsumexp_{j != i} s_ij - s_ii: L_i = log(1 + exp(row_i)), dL_i/ds_ii = -1 / (1 + exp(-row_i)).
-- With a group, a rank holds the rows of its own x and gathers y only; column sums are added over the group, and the
-  gradient of y goes back to its owner.
-- Gradient convention: every rank returns the same global loss, and gradients of x and y are `world` times those of the
-  global loss, because data parallelism averages parameter gradients over the group afterwards.
+- With a group, a rank holds the rows of its own x and meets everybody's y, by one gather or around a ring
+  (kernels/contrastive_group.py); the gradient of y goes back to its owner.
+- Gradient convention: every rank returns the same global loss, and gradients of x, y and negatives are `world` times
+  those of the global loss, because data parallelism averages parameter gradients over the group afterwards; those of
+  scale and bias are the global loss's own on every rank, and averaging leaves them so.
+- `products=torch.bfloat16` rounds the embeddings once and multiplies them in bf16, with fp32 sums; on a GPU these
+  products run on the tensor cores at full rate, and half as much is gathered. A logit is then wrong by up to
+  2^-8 scale |x| |y|, typically 2^-9 scale / sqrt(D). The default is the precision of the embeddings. 16-bit embeddings
+  need the word too, for a tower under autocast gives them unasked.
+- Deterministic: every sum is added in a fixed order, in the Triton kernels too, which use no atomics here. Over a group
+  that order is the communication library's.
 
-Axes: n pairs of this rank, N pairs of all ranks, C rows of a chunk, D embedding size.
+Axes: n pairs of this rank, N pairs of all ranks, M extra negatives, D embedding size.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-CHUNK_BYTES = 16 << 20  # of one chunk of the logits; two are alive at a time
-LARGEST_SUM, SMALLEST_SUM = 1e30, 1e-30  # of fp32 exponentials that still have all their digits
-LARGEST_EXPONENT = 60.0  # a million times e^60 is below LARGEST_SUM squared, far inside fp32
+from kernels import contrastive_squares
+from kernels.collectives import group_named
+from kernels.contrastive_group import EXCHANGES, Columns, columns_of
+from kernels.contrastive_passes import Result, Squares, infonce, sigmoid
+from kernels.dispatch import AUTO, Choice, choose, chosen_by, no_triton, record, refuse_difference, trial
+from kernels.precision import accumulator_of
+
+BACKENDS = ("triton", "torch")  # in order of preference on a GPU; elsewhere torch is first
 
 
+def _choose(
+    operation: str,
+    x_nD: torch.Tensor,
+    *_: torch.Tensor,
+    products: torch.dtype | None = None,
+    backend: str = AUTO,
+    **__: Any,
+) -> Choice:
+    order = BACKENDS if x_nD.is_cuda else BACKENDS[::-1]
+    return choose(operation, backend, order, lambda name: _refusal(name, operation, x_nD, products))
+
+
+@chosen_by(partial(_choose, "contrastive_loss"))
 def contrastive_loss(
     x_nD: torch.Tensor,
     y_nD: torch.Tensor,
     scale: torch.Tensor,
     *,
+    negatives_MD: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
     group: dist.ProcessGroup | None = None,
+    exchange: str = "gather",
+    products: torch.dtype | None = None,
+    backend: str = AUTO,
 ) -> torch.Tensor:
     """InfoNCE both ways over all pairs of the group; a scalar, the same on every rank.
 
     x and y fp32 or fp64 [n, D], paired row by row; n may differ between ranks. scale: a scalar tensor.
-    Raises ValueError when x and y do not fit each other.
+    negatives [M, D]: more wrong answers for the x of all ranks; M may differ between ranks.
+    exchange: "gather" (each rank holds all y) or "ring" (two ranks' y at a time), the same on every rank.
+    products: None (the embeddings' dtype) or torch.bfloat16. backend: "auto", "triton" or "torch".
+    label_smoothing: at least 0, below 1. All ranks must agree on whether gradients are wanted. Differentiable once.
+    Raises ValueError when x, y, negatives and products do not fit each other, or scale is no scalar tensor.
     """
-    _check(x_nD, y_nD)
-    loss: torch.Tensor = _InfoNCE.apply(x_nD, y_nD, scale, label_smoothing, group)
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing {label_smoothing}: at least 0, below 1")
+    _check(x_nD, y_nD, negatives_MD, products, exchange, scale)
+    wanted = _wanted(x_nD, y_nD, scale, negatives_MD)
+    name = "" if group is None else group.group_name
+    loss, *_ = _contrastive_loss(
+        x_nD, y_nD, scale, negatives_MD, label_smoothing, name, exchange, products, backend, wanted
+    )
     return loss
 
 
+@chosen_by(partial(_choose, "sigmoid_loss"))
 def sigmoid_loss(
     x_nD: torch.Tensor,
     y_nD: torch.Tensor,
     scale: torch.Tensor,
     bias: torch.Tensor,
     *,
+    negatives_MD: torch.Tensor | None = None,
     group: dist.ProcessGroup | None = None,
+    exchange: str = "gather",
+    products: torch.dtype | None = None,
+    backend: str = AUTO,
 ) -> torch.Tensor:
     """Pairwise sigmoid loss over all pairs of the group; a scalar, the same on every rank.
 
     x and y fp32 or fp64 [n, D], paired row by row; n may differ between ranks. scale and bias: scalar tensors.
-    Raises ValueError when x and y do not fit each other.
+    The rest as in `contrastive_loss`.
     """
-    _check(x_nD, y_nD)
-    loss: torch.Tensor = _Sigmoid.apply(x_nD, y_nD, scale, bias, group)
+    _check(x_nD, y_nD, negatives_MD, products, exchange, scale, bias)
+    wanted = _wanted(x_nD, y_nD, scale, bias, negatives_MD)
+    name = "" if group is None else group.group_name
+    loss, *_ = _sigmoid_loss(x_nD, y_nD, scale, bias, negatives_MD, name, exchange, products, backend, wanted)
     return loss
 
 
-def _check(x_nD: torch.Tensor, y_nD: torch.Tensor) -> None:
+def _wanted(*inputs: torch.Tensor | None) -> bool:
+    """Whether gradients are."""
+    return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs)
+
+
+def _check(
+    x_nD: torch.Tensor,
+    y_nD: torch.Tensor,
+    negatives_MD: torch.Tensor | None,
+    products: torch.dtype | None,
+    exchange: str,
+    *numbers: torch.Tensor,
+) -> None:
+    for number in numbers:
+        if not isinstance(number, torch.Tensor) or number.ndim:
+            what = list(number.shape) if isinstance(number, torch.Tensor) else type(number).__name__
+            raise ValueError(f"scale or bias is {what}: they must be scalar tensors, as torch.tensor(10.0)")
     if x_nD.ndim != 2 or x_nD.shape != y_nD.shape or x_nD.dtype != y_nD.dtype:
         raise ValueError(
             f"x is {x_nD.dtype} {list(x_nD.shape)} and y {y_nD.dtype} {list(y_nD.shape)}: "
             "they must be matrices of one shape and dtype, paired row by row"
         )
-    if x_nD.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"x is {x_nD.dtype}: sums over the global batch need float32 or float64")
+    if negatives_MD is not None and (
+        negatives_MD.ndim != 2 or negatives_MD.shape[1] != x_nD.shape[1] or negatives_MD.dtype != x_nD.dtype
+    ):
+        raise ValueError(
+            f"negatives are {negatives_MD.dtype} {list(negatives_MD.shape)} and x {x_nD.dtype} {list(x_nD.shape)}: "
+            "they must be matrices of one dtype and embedding size"
+        )
+    for name, other in (("y", y_nD), ("negatives", negatives_MD)):
+        if other is not None and other.device != x_nD.device:
+            raise ValueError(f"x is on {x_nD.device} and {name} on {other.device}: they must be on one device")
+    if products not in (None, torch.bfloat16):
+        raise ValueError(f"products={products}: either None, the embeddings' own dtype, or torch.bfloat16")
+    if products is None and x_nD.dtype not in (torch.float32, torch.float64):
+        ways = "give x and y in float32" + (", or say products=torch.bfloat16" if x_nD.dtype == torch.bfloat16 else "")
+        raise ValueError(f"x is {x_nD.dtype}: sums over the global batch need float32 or float64; {ways}")
+    if products is not None and x_nD.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"x is {x_nD.dtype}: products={products} takes x and y in float32 or bfloat16")
+    if exchange not in EXCHANGES:
+        raise ValueError(f"exchange={exchange!r} is none of {', '.join(EXCHANGES)}")
 
 
-class _Share:
-    """The pairs of this rank among those of the group; without a group, all there are."""
-
-    def __init__(self, group: dist.ProcessGroup | None, pairs: int, device: torch.device) -> None:
-        self.group = group
-        self.world = dist.get_world_size(group) if group is not None else 1
-        sizes = [torch.tensor([pairs], device=device) for _ in range(self.world)]
-        if self.world > 1:
-            dist.all_gather(sizes, torch.tensor([pairs], device=device), group=group)
-        self.sizes = [int(size) for size in sizes]
-        self.total = sum(self.sizes)
-        rank = dist.get_rank(group) if self.world > 1 else 0
-        start = sum(self.sizes[:rank])
-        self.own = slice(start, start + pairs)
-
-    def gather(self, rows_nD: torch.Tensor) -> torch.Tensor:
-        """[N, D]: the rows of all ranks, in rank order."""
-        if self.world == 1:
-            return rows_nD
-        most = max(self.sizes)
-        padded = torch.nn.functional.pad(rows_nD, (0, 0, 0, most - len(rows_nD))).contiguous()
-        parts = [torch.empty_like(padded) for _ in self.sizes]
-        dist.all_gather(parts, padded, group=self.group)
-        return torch.cat([part[:size] for part, size in zip(parts, self.sizes, strict=True)])
-
-    def add(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum over ranks, in place."""
-        if self.world > 1:
-            dist.all_reduce(values, group=self.group)
-        return values
-
-    def maximum(self, values: torch.Tensor) -> torch.Tensor:
-        """The maximum over ranks, in place."""
-        if self.world > 1:
-            dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.group)
-        return values
-
-    def diagonal(self, logits_CN: torch.Tensor, rows: slice) -> torch.Tensor:
-        """A view of the true pairs' elements in the chunk of logits of these rows."""
-        return logits_CN.diagonal(self.own.start + rows.start)[: rows.stop - rows.start]
-
-    def chunks(self, like: torch.Tensor) -> list[slice]:
-        """Slices of the own rows such that a chunk of logits [C, N] takes about CHUNK_BYTES."""
-        rows = max(1, CHUNK_BYTES // max(1, self.total * like.itemsize))
-        pairs = self.own.stop - self.own.start
-        return [slice(start, min(start + rows, pairs)) for start in range(0, pairs, rows)]
+# --- backends
 
 
-@dataclass
-class _Sums:
-    """What the backward needs to know about all rows and columns; the log odds are those against the true pair."""
+def _refusal(backend: str, operation: str, x_nD: torch.Tensor, products: torch.dtype | None) -> str:
+    if backend == "torch":
+        return ""
+    if why_not := no_triton(x_nD.device.type, products or x_nD.dtype):
+        return why_not
+    from kernels.gpu import contrastive as squares
 
-    own: torch.Tensor  # [n] logits of the true pairs
-    row_odds: torch.Tensor  # [n] log of the sum over a row's wrong answers, minus own
-    column_odds: torch.Tensor  # [n] the same over the columns of this rank's pairs
-
-
-@dataclass
-class _Fixed(_Sums):
-    """exp(s - reference) summed over rows and columns, with one reference for all."""
-
-    reference: torch.Tensor  # []
-    row_sum: torch.Tensor  # [n]
-    column_sum: torch.Tensor  # [N]
-
-    def probabilities(self, logits_CN: torch.Tensor, rows: slice) -> torch.Tensor:
-        """Row softmax + column softmax of a chunk; overwrites the logits. One exponential an element."""
-        exponentials_CN = logits_CN.sub_(self.reference).exp_()
-        return exponentials_CN.mul_(1 / self.row_sum[rows, None] + 1 / self.column_sum)
+    why_not = squares.refusal(x_nD, products or x_nD.dtype)
+    return why_not or (trial(operation, x_nD.device, lambda: _try(operation, x_nD.device)) if x_nD.is_cuda else "")
 
 
-@dataclass
-class _Exact(_Sums):
-    """The same from true log-sum-exps: two exponentials an element, right for any logits."""
+def _squares_of(backend: str) -> Squares:
+    if backend == "torch":
+        return contrastive_squares
+    from kernels.gpu import contrastive as squares
 
-    row_lse: torch.Tensor  # [n]
-    column_lse: torch.Tensor  # [N]
-
-    def probabilities(self, logits_CN: torch.Tensor, rows: slice) -> torch.Tensor:
-        by_row_CN = (logits_CN - self.row_lse[rows, None]).exp_()
-        return logits_CN.sub_(self.column_lse).exp_().add_(by_row_CN)
+    return squares
 
 
-def _fixed_sums(x_nD: torch.Tensor, y_ND: torch.Tensor, scale: torch.Tensor, share: _Share) -> _Fixed | None:
-    """Row and column sums in one pass; None (on every rank) when a sum leaves the range of fp32."""
-    longest = torch.stack([_longest(x_nD), _longest(y_ND)])
-    share.maximum(longest)
-    reference = (scale.abs() * longest.prod() - LARGEST_EXPONENT).clamp(min=0)
-    own_n, own_exponential_n, row_wrong_n = (x_nD.new_empty(len(x_nD)) for _ in range(3))
-    columns = x_nD.new_zeros(2 * share.total + 1)  # added over ranks in one piece
-    column_wrong_N, column_own_N, out_of_range = columns.split([share.total, share.total, 1])
-    for rows in share.chunks(x_nD):
-        logits_CN = x_nD[rows] * scale @ y_ND.T
-        own_C = share.diagonal(logits_CN, rows)
-        own_n[rows] = own_C
-        exponentials_CN = logits_CN.sub_(reference).exp_()
-        own_exponential_n[rows] = own_C
-        own_C.zero_()
-        torch.sum(exponentials_CN, 1, out=row_wrong_n[rows])
-        column_wrong_N += exponentials_CN.sum(0)
-    row_sum = row_wrong_n + own_exponential_n
-    column_own_N[share.own] = own_exponential_n
-    out_of_range += (~_in_range(row_sum)).sum()
-    share.add(columns)
-    column_sum = column_wrong_N + column_own_N
-    if out_of_range > 0 or not _in_range(column_sum).all():
-        return None
-    return _Fixed(
-        own=own_n,
-        row_odds=row_wrong_n.log() - (own_n - reference),
-        column_odds=column_wrong_N[share.own].log() - (own_n - reference),
-        reference=reference,
-        row_sum=row_sum,
-        column_sum=column_sum,
-    )
+@torch.no_grad()
+def _try(operation: str, device: torch.device) -> None:
+    """Raises ArithmeticError where Triton and fp64 torch differ on some small pairs."""
+    generator = torch.Generator().manual_seed(0)
+    noise_x, noise_y = (torch.randn(300, 64, generator=generator).to(device) for _ in range(2))
+    x, y = (torch.nn.functional.normalize(each, dim=1) for each in (noise_x, noise_x + noise_y))
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        mine = _small_result(operation, "triton", x.to(dtype), y.to(dtype), torch.float32)
+        truth = _small_result(operation, "torch", x.to(dtype).double(), y.to(dtype).double(), torch.float64)
+        refuse_difference(mine, truth, tolerance, f"{dtype}: ")
 
 
-def _longest(rows: torch.Tensor) -> torch.Tensor:
-    return rows.norm(dim=1).max() if len(rows) else rows.new_zeros(())
+def _small_result(
+    operation: str, backend: str, x_nD: torch.Tensor, y_nD: torch.Tensor, dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """Loss and gradients with sums in `dtype`, by a process alone."""
+    columns = columns_of(y_nD, len(y_nD), dtype, None, "gather")
+    scale, bias = (torch.tensor(value, dtype=dtype, device=x_nD.device) for value in (14.0, -4.0))
+    if operation == "contrastive_loss":
+        result = infonce(_squares_of(backend), x_nD, columns, scale, 0.0, gradients=True)
+    else:
+        result = sigmoid(_squares_of(backend), x_nD, columns, scale, bias, gradients=True)
+    everything = (result.loss, result.dx, result.dy, result.dscale, result.dbias)
+    return [each.double() for each in everything if each is not None]
 
 
-def _in_range(sums: torch.Tensor) -> torch.Tensor:
-    return (sums > SMALLEST_SUM) & (sums < LARGEST_SUM)
+# --- operations
 
 
-def _exact_sums(x_nD: torch.Tensor, y_ND: torch.Tensor, scale: torch.Tensor, share: _Share) -> _Exact:
-    own_n, row_wrong_n = (x_nD.new_empty(len(x_nD)) for _ in range(2))
-    column_wrong_N = x_nD.new_full((share.total,), -torch.inf)
-    for rows in share.chunks(x_nD):
-        logits_CN = x_nD[rows] * scale @ y_ND.T
-        own_C = share.diagonal(logits_CN, rows)
-        own_n[rows] = own_C
-        own_C.fill_(-torch.inf)
-        row_wrong_n[rows] = logits_CN.logsumexp(1)
-        column_wrong_N = torch.logaddexp(column_wrong_N, logits_CN.logsumexp(0))
-    # a single pair has no wrong answer: -inf - (-inf) must not become nan
-    highest_N = share.maximum(column_wrong_N.clone()).clamp(min=torch.finfo(x_nD.dtype).min)
-    column_wrong_N = share.add((column_wrong_N - highest_N).exp_()).log() + highest_N
-    own_N = x_nD.new_zeros(share.total)
-    own_N[share.own] = own_n
-    return _Exact(
-        own=own_n,
-        row_odds=row_wrong_n - own_n,
-        column_odds=column_wrong_N[share.own] - own_n,
-        row_lse=torch.logaddexp(row_wrong_n, own_n),
-        column_lse=torch.logaddexp(column_wrong_N, share.add(own_N)),
-    )
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def _softplus(values: torch.Tensor) -> torch.Tensor:
-    """log(1 + exp(value)), exact in fp64 too."""
-    return torch.nn.functional.softplus(values, threshold=40)
+@torch.library.custom_op("weft::contrastive_loss", mutates_args=())
+def _contrastive_loss(
+    x_nD: torch.Tensor,
+    y_nD: torch.Tensor,
+    scale: torch.Tensor,
+    negatives_MD: torch.Tensor | None,
+    label_smoothing: float,
+    group_name: str,
+    exchange: str,
+    products: torch.dtype | None,
+    backend: str,
+    gradients: bool,
+) -> Gradients:
+    """Loss and gradients by x, y, scale and negatives; without `gradients`, empty tensors instead of these."""
+    chosen = record(_choose("contrastive_loss", x_nD, products=products, backend=backend))
+    with torch.autocast(x_nD.device.type, enabled=False):
+        x_nD, columns = _meeting(x_nD, y_nD, negatives_MD, group_name, exchange, products)
+        scale = scale.to(x_nD.device, columns.dtype)
+        result = infonce(_squares_of(chosen), x_nD, columns, scale, label_smoothing, gradients)
+    dy_nD, dnegatives_MD = _split(result, columns, negatives_MD)
+    return result.loss, _given(result.dx, scale), dy_nD, _given(result.dscale, scale), dnegatives_MD
 
 
-class _InfoNCE(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_nD: torch.Tensor,
-        y_nD: torch.Tensor,
-        scale: torch.Tensor,
-        label_smoothing: float,
-        group: dist.ProcessGroup | None,
-    ) -> torch.Tensor:
-        scale = scale.to(x_nD.dtype)
-        share = _Share(group, len(x_nD), x_nD.device)
-        y_ND = share.gather(y_nD)
-        sums = _fixed_sums(x_nD, y_ND, scale, share) or _exact_sums(x_nD, y_ND, scale, share)
-        losses_n = (_softplus(sums.row_odds) + _softplus(sums.column_odds)) / 2 + label_smoothing * sums.own
-        loss = share.add(losses_n.sum() / share.total)
-        y_total_D = None
-        if label_smoothing:  # the uniform part of the targets needs sums of embeddings only
-            x_total_D, y_total_D = share.add(x_nD.sum(0)), y_ND.sum(0)
-            loss -= label_smoothing / share.total**2 * scale * (x_total_D @ y_total_D)
-        ctx.save_for_backward(x_nD, y_ND, scale, y_total_D)
-        ctx.share, ctx.sums, ctx.label_smoothing = share, sums, label_smoothing
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_nD, y_ND, scale, y_total_D = ctx.saved_tensors
-        share, sums, smoothing = ctx.share, ctx.sums, ctx.label_smoothing
-        own_n = 2 * smoothing - sums.row_odds.sigmoid() - sums.column_odds.sigmoid()
-        dx_nD = torch.empty_like(x_nD)  # without the factor scale until the end: x . dx is then the scale's gradient
-        dy_ND = torch.zeros_like(y_ND)
-        for rows in share.chunks(x_nD):
-            logits_CN = x_nD[rows] * scale @ y_ND.T
-            gradient_CN = sums.probabilities(logits_CN, rows)
-            share.diagonal(gradient_CN, rows).copy_(own_n[rows])
-            torch.mm(gradient_CN, y_ND, out=dx_nD[rows])
-            dy_ND.addmm_(gradient_CN.T, x_nD[rows])
-        dx_nD /= 2 * share.total
-        dy_ND /= 2 * share.total
-        if smoothing:
-            dx_nD -= smoothing / share.total**2 * y_total_D
-            # dy is still a sum over ranks, each of which brings its own rows of x
-            dy_ND -= smoothing / share.total**2 * x_nD.sum(0)
-        dscale = share.add((x_nD * dx_nD).sum())
-        dy_nD = share.add(dy_ND)[share.own]
-        factor = gradients[0] * scale * share.world
-        return dx_nD * factor, dy_nD * factor, dscale * gradients[0], None, None
+@torch.library.custom_op("weft::sigmoid_loss", mutates_args=())
+def _sigmoid_loss(
+    x_nD: torch.Tensor,
+    y_nD: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor,
+    negatives_MD: torch.Tensor | None,
+    group_name: str,
+    exchange: str,
+    products: torch.dtype | None,
+    backend: str,
+    gradients: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss and gradients by x, y, scale, bias and negatives; without `gradients`, empty tensors instead of these."""
+    chosen = record(_choose("sigmoid_loss", x_nD, products=products, backend=backend))
+    with torch.autocast(x_nD.device.type, enabled=False):
+        x_nD, columns = _meeting(x_nD, y_nD, negatives_MD, group_name, exchange, products)
+        scale, bias = (number.to(x_nD.device, columns.dtype) for number in (scale, bias))
+        result = sigmoid(_squares_of(chosen), x_nD, columns, scale, bias, gradients)
+    dy_nD, dnegatives_MD = _split(result, columns, negatives_MD)
+    dx_nD, dscale, dbias = (_given(each, scale) for each in (result.dx, result.dscale, result.dbias))
+    return result.loss, dx_nD, dy_nD, dscale, dbias, dnegatives_MD
 
 
-class _Sigmoid(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_nD: torch.Tensor,
-        y_nD: torch.Tensor,
-        scale: torch.Tensor,
-        bias: torch.Tensor,
-        group: dist.ProcessGroup | None,
-    ) -> torch.Tensor:
-        scale, bias = scale.to(x_nD.dtype), bias.to(x_nD.dtype)
-        share = _Share(group, len(x_nD), x_nD.device)
-        y_ND = share.gather(y_nD)
-        dx_nD = torch.empty_like(x_nD)  # without the factor scale, as in _InfoNCE
-        dy_ND = torch.zeros_like(y_ND)
-        numbers = x_nD.new_zeros(3)  # loss, gradient of scale, gradient of bias
-        for rows in share.chunks(x_nD):
-            logits_CN = torch.addmm(bias, x_nD[rows] * scale, y_ND.T)
-            own_C = share.diagonal(logits_CN, rows)
-            own_C.neg_()  # now every element is -z t
-            numbers[0] += _softplus(logits_CN).sum()
-            gradient_CN = logits_CN.sigmoid_()
-            own_C.neg_()
-            torch.mm(gradient_CN, y_ND, out=dx_nD[rows])
-            dy_ND.addmm_(gradient_CN.T, x_nD[rows])
-            numbers[2] += gradient_CN.sum()
-        numbers[1] = (x_nD * dx_nD).sum()
-        numbers = share.add(numbers) / share.total
-        dy_nD = share.add(dy_ND)[share.own] / share.total
-        ctx.save_for_backward(dx_nD / share.total, dy_nD, scale, numbers)
-        ctx.world = share.world
-        return numbers[0].clone()
+def _meeting(
+    x_nD: torch.Tensor,
+    y_nD: torch.Tensor,
+    negatives_MD: torch.Tensor | None,
+    group_name: str,
+    exchange: str,
+    products: torch.dtype | None,
+) -> tuple[torch.Tensor, Columns]:
+    """The rows, and the columns they are to meet, in the dtype of the products."""
+    y_cD = y_nD if negatives_MD is None else torch.cat([y_nD, negatives_MD])
+    x_nD, y_cD = (each.to(products or x_nD.dtype).contiguous() for each in (x_nD, y_cD))
+    return x_nD, columns_of(y_cD, len(x_nD), accumulator_of(x_nD.dtype), group_named(group_name), exchange)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        dx_nD, dy_nD, scale, numbers = ctx.saved_tensors
-        factor = gradients[0] * scale * ctx.world
-        return dx_nD * factor, dy_nD * factor, numbers[1] * gradients[0], numbers[2] * gradients[0], None
+
+def _split(result: Result, columns: Columns, negatives_MD: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of y and of the negatives; empty where there is none."""
+    dy_cD = _given(result.dy, result.loss)
+    if result.dy is None or negatives_MD is None:
+        return dy_cD, dy_cD.new_empty(0)
+    return dy_cD[: columns.pairs].clone(), dy_cD[columns.pairs :].clone()
+
+
+def _given(gradient: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    return like.new_empty(0) if gradient is None else gradient
+
+
+@_contrastive_loss.register_fake
+def _(
+    x_nD: torch.Tensor, y_nD: torch.Tensor, scale: torch.Tensor, negatives_MD: torch.Tensor | None, *settings: Any
+) -> Gradients:
+    loss, dx_nD, dy_nD, dscale, _, dnegatives_MD = _empty_results(x_nD, negatives_MD, *settings)
+    return loss, dx_nD, dy_nD, dscale, dnegatives_MD
+
+
+@_sigmoid_loss.register_fake
+def _(
+    x_nD: torch.Tensor,
+    y_nD: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor,
+    negatives_MD: torch.Tensor | None,
+    *settings: Any,
+) -> list[torch.Tensor]:
+    return _empty_results(x_nD, negatives_MD, *settings)
+
+
+def _empty_results(x_nD: torch.Tensor, negatives_MD: torch.Tensor | None, *settings: Any) -> list[torch.Tensor]:
+    """What the operations return, without values: loss, gradients by x, y, scale, bias, negatives."""
+    gradients = settings[-1]  # whether they are wanted
+    shapes = [x_nD.shape, x_nD.shape, (), (), (0,) if negatives_MD is None else negatives_MD.shape]
+    dtype = accumulator_of(x_nD.dtype)
+    return [x_nD.new_empty(shape, dtype=dtype) for shape in [(), *(shapes if gradients else [(0,)] * 5)]]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    _, *gradients = output
+    ctx.mark_non_differentiable(*gradients)
+    ctx.set_materialize_grads(False)  # zeros as large as the embeddings, for results that have no gradient
+    ctx.save_for_backward(*gradients)
+    ctx.arguments = len(inputs)
+    # in the order of the arguments, which is that of the gradients too, with the negatives last
+    ctx.dtypes = [None if each is None else each.dtype for each in inputs[: len(gradients)]]
+
+
+@once_differentiable  # type: ignore[untyped-decorator]  # torch's
+def _backward(ctx: Any, gradient: torch.Tensor | None, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    factored = [
+        (each * gradient).to(dtype) if needed and gradient is not None else None
+        for each, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
+    ]
+    return (*factored, *[None] * (ctx.arguments - len(factored)))
+
+
+_contrastive_loss.register_autograd(_backward, setup_context=_setup)
+_sigmoid_loss.register_autograd(_backward, setup_context=_setup)

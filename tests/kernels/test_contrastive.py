@@ -1,26 +1,20 @@
 """The contrastive losses and all their gradients against two definitions of the truth: kernels/reference.py in fp64,
 and the lines that public CLIP and SigLIP libraries train with, written here anew.
 
-Odd sizes, one pair alone, equal pairs, several chunks, the fallback for logits out of range, and groups of ranks with
-uneven and empty shares.
+Odd sizes, one pair alone, equal pairs, extra negatives, squares of any size, the fallback for logits out of range.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from ranks import run_ranks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-import kernels.contrastive
-from kernels import contrastive_loss, reference, sigmoid_loss
+from kernels import contrastive_loss, contrastive_squares, reference, sigmoid_loss
+from kernels.dispatch import why
 
 SIZES = [(1, 3), (2, 1), (7, 5), (257, 33), (1023, 65)]
 SCALES = [1.0, 14.3, 100.0, 300.0]
@@ -85,13 +79,13 @@ def assert_same(mine: Numbers, truth: Numbers, tolerance: float) -> None:
 def exact_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one each time the fallback for logits out of range is taken."""
     calls: list[int] = []
-    exact = kernels.contrastive._exact_sums
+    exact = contrastive_squares.exact_sums
 
     def counted(*args: Any) -> Any:
         calls.append(1)
         return exact(*args)
 
-    monkeypatch.setattr(kernels.contrastive, "_exact_sums", counted)
+    monkeypatch.setattr(contrastive_squares, "exact_sums", counted)
     return calls
 
 
@@ -132,6 +126,14 @@ def test_the_fallback_is_taken_only_when_a_sum_leaves_the_range(exact_calls: lis
     assert exact_calls == [1]
     numbers(contrastive_loss, x, -x, number(300.0))  # every true pair is the farthest of all
     assert exact_calls == [1, 1]
+
+
+def test_a_batch_of_equal_pairs_at_a_large_scale_needs_no_fallback(exact_calls: list[int]) -> None:
+    """Towers that have collapsed: 9000 e^60, the largest that a sum can be, is inside fp32."""
+    ones = torch.ones(9000, 1)
+    loss = contrastive_loss(ones, ones, torch.tensor(100.0))
+    torch.testing.assert_close(loss, torch.tensor(9000.0).log())
+    assert exact_calls == []
 
 
 @pytest.mark.parametrize(("length", "scale"), [(1e-3, 5.0), (3.0, 10.0), (30.0, 10.0), (0.0, 7.0)])
@@ -251,15 +253,13 @@ def test_gradcheck() -> None:
 
 
 @pytest.mark.parametrize("scale", [14.3, 300.0])
-@pytest.mark.parametrize("rows", [1, 2, 3, 50, 99])
-def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, rows: int, scale: float) -> None:
-    """101 rows in chunks that divide them and chunks that do not."""
+@pytest.mark.parametrize("side", [7, 31, 32, 100])
+def test_squares_change_nothing(monkeypatch: pytest.MonkeyPatch, side: int, scale: float) -> None:
+    """101 rows and columns in squares with true pairs in those on the diagonal."""
     x, y = draw(101, 13)
     inputs = (x, y, number(scale))
     whole = numbers(contrastive_loss, *inputs, label_smoothing=0.1), numbers(sigmoid_loss, *inputs, number(-2.0))
-    monkeypatch.setattr(kernels.contrastive, "CHUNK_BYTES", rows * 101 * 8)
-    slices = kernels.contrastive._Share(None, 101, x.device).chunks(x)
-    assert len(slices) == -(-101 // rows)
+    monkeypatch.setattr(contrastive_squares, "SIDE", side)
     torch.testing.assert_close(
         numbers(contrastive_loss, *inputs, label_smoothing=0.1), whole[0], atol=1e-12, rtol=1e-10
     )
@@ -318,156 +318,68 @@ def test_what_does_not_fit_is_refused_with_both_shapes() -> None:
             contrastive_loss(x, wrong, one)
         with pytest.raises(ValueError, match="paired row by row"):
             sigmoid_loss(x, wrong, one, one)
-    with pytest.raises(ValueError, match="bfloat16: sums over the global batch need"):
+    with pytest.raises(ValueError, match=r"bfloat16: sums over the global batch need.*say products=torch\.bfloat16"):
         contrastive_loss(x.bfloat16(), y.bfloat16(), one)
+    with pytest.raises(ValueError, match=r"float16: .*; give x and y in float32$"):
+        contrastive_loss(x.half(), y.half(), one)
+    for wrong in (x, x.half()):
+        with pytest.raises(ValueError, match=r"float(64|16): products=torch\.bfloat16 takes x and y in float32"):
+            contrastive_loss(wrong, wrong, one, products=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"x is on cpu and y on meta"):
+        sigmoid_loss(x, y.to("meta"), one, one)
+    for smoothing in (-0.1, 1.0):
+        with pytest.raises(ValueError, match=rf"label_smoothing {smoothing}: at least 0, below 1"):
+            contrastive_loss(x, y, one, label_smoothing=smoothing)
+    with pytest.raises(ValueError, match=r"products=torch\.float16: either None"):
+        sigmoid_loss(x.half(), y.half(), one, one, products=torch.float16)
+    with pytest.raises(ValueError, match=r"negatives are torch\.float64 \[5, 2\] and x torch\.float64 \[4, 3\]"):
+        contrastive_loss(x, y, one, negatives_MD=torch.zeros(5, 2, dtype=torch.float64))
+    with pytest.raises(ValueError, match="exchange='star' is none of gather, ring"):
+        sigmoid_loss(x, y, one, one, exchange="star")
+    for number_, what in ((one[None], r"\[1\]"), (10.0, "float")):
+        with pytest.raises(ValueError, match=f"scale or bias is {what}: they must be scalar tensors"):
+            contrastive_loss(x, y, number_)
+        with pytest.raises(ValueError, match=f"scale or bias is {what}: they must be scalar tensors"):
+            sigmoid_loss(x, y, one, number_)
+    with pytest.raises(ValueError, match="backend 'cuda' is none of"):
+        contrastive_loss(x, y, one, backend="cuda")
+    with pytest.raises(ValueError, match=r"backend 'triton' cannot do this: (triton is not|the tensors are on cpu)"):
+        contrastive_loss(x, y, one, backend="triton")
+    assert why(sigmoid_loss, x, y, one, one) == "sigmoid_loss: torch, the preferred one"
 
 
-class Allocations(TorchDispatchMode):
-    """The largest tensor any operation returned, and the most bytes alive at once in storages seen."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = self.alive = self.most_alive = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for each in tree_leaves(out):
-            if isinstance(each, torch.Tensor):
-                self._see(each)
-        return out
-
-    def _see(self, tensor: torch.Tensor) -> None:
-        self.largest = max(self.largest, tensor.numel())
-        storage = tensor.untyped_storage()
-        if storage._cdata in self._known:
-            return
-        self._known.add(storage._cdata)
-        self.alive += storage.nbytes()
-        self.most_alive = max(self.most_alive, self.alive)
-        weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
-
-    def _freed(self, address: int, size: int) -> None:
-        self._known.discard(address)
-        self.alive -= size
+# --- extra negatives
 
 
-@pytest.mark.parametrize("scale", [20.0, 2000.0])
-def test_no_matrix_of_all_logits_is_ever_made(
-    monkeypatch: pytest.MonkeyPatch, exact_calls: list[int], scale: float
-) -> None:
-    pairs, size, chunk = 4096, 64, 1 << 20
-    monkeypatch.setattr(kernels.contrastive, "CHUNK_BYTES", chunk)
-    x, y = (each.float() for each in draw(pairs, size))
-    for loss_of, others in ((contrastive_loss, [scale]), (sigmoid_loss, [scale, -10.0])):
-        leaves = [each.requires_grad_() for each in (x.clone(), y.clone(), *map(torch.tensor, others))]
-        with Allocations() as seen:
-            loss_of(*leaves).backward()
-        assert seen.largest <= max(pairs * size, chunk // 4)
-        # two or three chunks, and a few copies of the embeddings; the whole matrix would be 64 MiB
-        assert seen.most_alive <= 4 * chunk + 8 * pairs * size * 4
-    assert bool(exact_calls) == (scale == 2000.0)
+def with_negatives(loss_of: Callable[..., torch.Tensor], **options: Any) -> Callable[..., torch.Tensor]:
+    """The negatives as the last of the inputs, for `numbers`."""
+    return lambda *inputs: loss_of(*inputs[:-1], negatives_MD=inputs[-1], **options)
 
 
-def test_the_allocation_count_sees_a_whole_matrix() -> None:
-    """The check above, checked on a loss that does make it."""
-    x, y = (each.float() for each in draw(512, 8))
-    with Allocations() as seen:
-        library_clip(x, y, torch.tensor(20.0))
-    assert seen.largest == 512 * 512
-    assert seen.most_alive >= 2 * 512 * 512 * 4
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("scale", [14.3, 100.0, 300.0])
+@pytest.mark.parametrize(("pairs", "count", "size"), [(1, 1, 3), (7, 0, 5), (61, 130, 17), (130, 1, 9)])
+def test_more_negatives(pairs: int, count: int, size: int, scale: float, smoothing: float) -> None:
+    x, y = draw(pairs, size)
+    negatives = draw(count, size, seed=7)[0]
+    inputs = x, y, number(scale), negatives
+    expected = numbers(with_negatives(reference.contrastive_loss, label_smoothing=smoothing), *inputs)
+    mine = numbers(with_negatives(contrastive_loss, label_smoothing=smoothing), *inputs)
+    torch.testing.assert_close(mine, expected, atol=1e-11, rtol=1e-9)
+    inputs = x, y, number(scale), number(-3.0), negatives
+    expected = numbers(with_negatives(reference.sigmoid_loss), *inputs)
+    torch.testing.assert_close(numbers(with_negatives(sigmoid_loss), *inputs), expected, atol=1e-11, rtol=1e-9)
 
 
-# --- groups
-
-# loss, rows of each rank, embedding size, scale, smoothing, bytes of a chunk
-Case = tuple[str, list[int], int, float, float, int]
-GROUP_CASES: list[Case] = [
-    ("contrastive", [5, 5, 5, 5], 7, 14.3, 0.0, 1 << 24),
-    ("contrastive", [7, 1, 12, 3], 5, 100.0, 0.0, 1 << 24),
-    ("contrastive", [31, 30, 2, 29], 9, 20.0, 0.1, 1000),
-    ("contrastive", [9, 4, 11, 6], 5, 3000.0, 0.2, 700),  # through the fallback
-    ("contrastive", [6, 0, 5, 3], 3, 10.0, 0.1, 200),
-    ("contrastive", [0, 8, 0, 1], 3, 4000.0, 0.0, 200),  # the same with empty ranks
-    ("contrastive", [0, 1, 0, 0], 3, 10.0, 0.0, 1 << 24),
-    ("sigmoid", [5, 5, 5, 5], 7, 14.3, 0.0, 1 << 24),
-    ("sigmoid", [7, 1, 12, 3], 5, 100.0, 0.0, 400),
-    ("sigmoid", [6, 0, 5, 3], 3, 10.0, 0.0, 200),
-]
-# groups of one to four ranks, and two in which a rank has another number than in the world
-GROUPS = [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 2], [1, 3]]
-
-
-def losses_on_ranks(rank: int, world: int) -> dict[tuple[int, int], tuple[Numbers, bool]]:
-    """By (group, case): the numbers from this rank's rows of the group's batch, and whether the fallback was taken."""
-    exact = kernels.contrastive._exact_sums
-    taken: list[int] = []
-
-    def counted(*args: Any) -> Any:
-        taken.append(1)
-        return exact(*args)
-
-    kernels.contrastive._exact_sums = counted
-    results = {}
-    for place, members in enumerate(GROUPS):
-        group = dist.new_group(members)
-        for number_of_case, case in enumerate(GROUP_CASES if rank in members else []):
-            kernels.contrastive.CHUNK_BYTES = case[-1]
-            x, y, rows = batch_of_group(case, members, rank)
-            taken.clear()
-            results[place, number_of_case] = (numbers_of_case(case, x[rows], y[rows], group), bool(taken))
-    return results
-
-
-def batch_of_group(case: Case, members: list[int], rank: int) -> tuple[torch.Tensor, torch.Tensor, slice]:
-    """The group's whole batch, and the rows of it that a rank holds."""
-    sizes = {member: case[1][member] for member in members}
-    before = sum(size for member, size in sizes.items() if member < rank)
-    return *draw(sum(sizes.values()), case[2]), slice(before, before + sizes[rank])
-
-
-def numbers_of_case(case: Case, x: torch.Tensor, y: torch.Tensor, group: dist.ProcessGroup | None) -> Numbers:
-    name, _, _, scale, smoothing, _ = case
-    if name == "sigmoid":
-        return numbers(sigmoid_loss, x, y, number(scale), number(-3.0), group=group)
-    return numbers(contrastive_loss, x, y, number(scale), label_smoothing=smoothing, group=group)
-
-
-@pytest.fixture(scope="module")
-def on_ranks() -> list[dict[tuple[int, int], tuple[Numbers, bool]]]:
-    return run_ranks(losses_on_ranks, 4)
-
-
-@pytest.mark.parametrize("members", GROUPS, ids=str)
-def test_a_group_gives_what_one_process_gives(
-    on_ranks: list[dict[tuple[int, int], tuple[Numbers, bool]]], members: list[int]
-) -> None:
-    """Every rank has the global loss, `world` times the gradient of its own rows, and the whole gradient of scale."""
-    world = len(members)
-    for number_of_case, case in enumerate(GROUP_CASES):
-        pairs = sum(case[1][member] for member in members)
-        if not pairs:
-            continue
-        fallbacks = set()
-        for rank in members:
-            x, y, rows = batch_of_group(case, members, rank)
-            loss, dx, dy, *rest = numbers_of_case(case, x, y, group=None)
-            mine, fallback = on_ranks[rank][GROUPS.index(members), number_of_case]
-            fallbacks.add(fallback)
-            expected = [loss, world * dx[rows], world * dy[rows], *rest]
-            for one, other in zip(mine, expected, strict=True):
-                torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9, msg=lambda text: f"{case} {rank}: {text}")  # noqa: B023
-        assert len(fallbacks) == 1, f"{case}: all ranks fall back or none"
-        assert fallbacks == {case[3] >= 3000 and pairs > 1}, case
-
-
-def test_the_single_process_of_the_group_cases_is_the_library() -> None:
-    """What the test above compares with."""
-    for case in GROUP_CASES:
-        x, y = draw(sum(case[1]), case[2])
-        name, _, _, scale, smoothing, _ = case
-        if name == "sigmoid":
-            truth = numbers(library_siglip, x, y, number(scale), number(-3.0))
-        else:
-            truth = numbers(library_clip, x, y, number(scale), label_smoothing=smoothing)
-        torch.testing.assert_close(numbers_of_case(case, x, y, None), truth, atol=1e-9, rtol=1e-9)
+@pytest.mark.parametrize("scale", [14.3, 300.0])
+def test_negatives_that_are_far_away_are_no_answers(scale: float) -> None:
+    """Padding: rows opposite to every x add nothing, in any number."""
+    x, y = draw(37, 8)
+    x, y = (torch.cat([each, torch.ones(37, 1, dtype=torch.float64)], 1) for each in (x, y))
+    far = torch.zeros(50, 9, dtype=torch.float64)
+    far[:, 8] = -60.0
+    for loss_of, others in ((contrastive_loss, []), (sigmoid_loss, [number(-3.0)])):
+        loss, dx, dy, *scalars = numbers(loss_of, x, y, number(scale), *others)
+        padded = numbers(with_negatives(loss_of), x, y, number(scale), *others, far)
+        torch.testing.assert_close(padded[:-1], [loss, dx, dy, *scalars], atol=1e-12, rtol=1e-12)
+        assert padded[-1].abs().max() < 1e-20

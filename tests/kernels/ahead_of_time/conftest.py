@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # importlib mode leaves it alone; for launches.py
 
 
 class SkippedModule(pytest.Module):
@@ -31,3 +34,11 @@ def why_skip() -> str:
 
 def pytest_pycollect_makemodule(module_path: Path, parent: Any) -> Any:
     return SkippedModule.from_parent(parent, path=module_path) if why_skip() else None
+
+
+@pytest.fixture
+def record(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """record(target, call): what the call launches on that GPU, see launches.py."""
+    from launches import recorder
+
+    return recorder(monkeypatch)

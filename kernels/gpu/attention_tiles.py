@@ -1,7 +1,8 @@
 """Tile sizes of the Triton attention kernels, as plain lists by architecture, and the choice among them.
 
-The choice looks at shape and dtype alone and times nothing: the same shape rounds the same way in every run. The lists
-hold what compiles without spilling registers (kernels/aot.py); none has been timed on a GPU yet.
+The choice looks at shape, dtype and features alone and times nothing: the same call rounds the same way in every run.
+The lists hold what compiles without spilling registers, but for a few words (kernels/aot.py); none has been timed on a
+GPU yet.
 """
 
 from __future__ import annotations
@@ -10,19 +11,20 @@ from typing import NamedTuple
 
 
 class Tile(NamedTuple):
-    """Sizes for heads of up to `bytes` bytes: one row of a tile, both its parts; fp32 and fp64 count twice."""
+    """Sizes for heads of up to `bytes` bytes: one row of a tile, both its parts; fp32 counts twice."""
 
     bytes: int
     own: int  # rows (forward, dq) or keys (dkdv) of a program
     step: int  # keys (forward, dq) or rows (dkdv) of a turn of its loop
     warps: int
     stages: int
+    plain: bool = False  # leaves no registers for key lengths, a window, documents, a soft cap or dropout
 
 
 # where several are for the same bytes, the first; for short sequences, the one that leaves the fewest rows empty
 FORWARD = {
     "sm_80": [
-        Tile(128, 128, 64, 4, 3), Tile(128, 64, 64, 4, 3),
+        Tile(128, 128, 64, 4, 3, plain=True), Tile(128, 64, 64, 4, 3),
         Tile(192, 128, 32, 4, 2), Tile(192, 64, 32, 4, 2),
         Tile(256, 128, 32, 8, 3), Tile(256, 64, 32, 4, 2),
         Tile(512, 64, 32, 8, 2),
@@ -30,13 +32,13 @@ FORWARD = {
     "sm_90": [
         Tile(128, 128, 128, 8, 3), Tile(128, 64, 64, 4, 3),
         Tile(192, 128, 64, 8, 3), Tile(192, 64, 64, 4, 3),
-        Tile(256, 128, 128, 8, 2), Tile(256, 64, 64, 4, 3),
+        Tile(256, 128, 128, 8, 2, plain=True), Tile(256, 128, 64, 8, 2), Tile(256, 64, 64, 4, 3),
         Tile(512, 64, 32, 8, 2),
     ],
     "sm_100": [
-        Tile(128, 128, 128, 8, 3), Tile(128, 64, 64, 4, 3),
+        Tile(128, 128, 128, 8, 3, plain=True), Tile(128, 64, 64, 4, 3),
         Tile(192, 128, 64, 8, 3), Tile(192, 64, 64, 4, 3),
-        Tile(256, 128, 64, 8, 2), Tile(256, 64, 64, 4, 3),
+        Tile(256, 128, 64, 8, 2, plain=True), Tile(256, 64, 64, 4, 3, plain=True), Tile(256, 64, 32, 8, 2),
         Tile(512, 64, 32, 8, 2),
     ],
     "gfx942": [
@@ -57,7 +59,7 @@ DKDV = {
         Tile(256, 128, 32, 8, 2), Tile(256, 64, 32, 8, 2), Tile(512, 32, 32, 8, 2),
     ],
     "sm_100": [
-        Tile(128, 128, 64, 8, 2), Tile(128, 64, 64, 8, 2), Tile(192, 64, 32, 8, 2), Tile(256, 64, 32, 8, 2),
+        Tile(128, 128, 64, 8, 2, plain=True), Tile(128, 64, 64, 8, 2), Tile(192, 64, 32, 8, 2), Tile(256, 64, 32, 8, 2),
         Tile(512, 32, 32, 8, 2),
     ],
     "gfx942": [
@@ -83,15 +85,26 @@ DQ = {
     ],
     "interpreter": [Tile(4096, 64, 64, 4, 1)],
 }  # fmt: skip
-WIDEST = Tile(4096, 16, 16, 4, 1)  # for wider heads than the list has: fp32 from 128 on, and fp64
+WIDEST = Tile(4096, 16, 16, 8, 1)  # for wider heads than the list has: fp32 from 65 on
+DELTA_ROWS = 32  # of a program that only reads rows
 SHORT = 1024  # up to this many rows, empty ones in the last block cost more than a smaller tile
 
 
-def choose(tiles: list[Tile], size: int, itemsize: int, length: int) -> Tile:
-    """The tile for heads of `size` elements where programs share out `length` rows or keys."""
-    row_bytes = sum(parts(size)) * (itemsize if itemsize <= 2 else 2 * itemsize)
+def choose(
+    tiles: list[Tile], size: int, itemsize: int, length: int, *, masked: bool = False, heavy: bool = False
+) -> Tile:
+    """The tile for heads of `size` elements where programs share out `length` rows or keys.
+
+    `masked`: key lengths, a window or documents. `heavy`: a soft cap or dropout, which need the registers that the
+    tiles for heads of twice the size leave free.
+    """
+    row_bytes = max(sum(parts(size)) * itemsize, tiles[0].bytes)
+    if itemsize > 2:  # nobody trains with such heads: they get no tiles beside that for 64 elements
+        row_bytes = max(2 * row_bytes, tiles[-1].bytes)
+    if heavy and row_bytes * 2 <= tiles[-1].bytes:
+        row_bytes *= 2
     smallest = min((tile.bytes for tile in tiles if tile.bytes >= row_bytes), default=None)
-    fitting = [tile for tile in tiles if tile.bytes == smallest] or [WIDEST]
+    fitting = [tile for tile in tiles if tile.bytes == smallest and not (tile.plain and (masked or heavy))] or [WIDEST]
     if length > SHORT:
         return fitting[0]
     return min(fitting, key=lambda tile: -(length // -tile.own) * tile.own)

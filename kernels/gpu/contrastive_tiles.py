@@ -1,7 +1,7 @@
-"""The Triton kernels of kernels/contrastive_triton.py, whose docstring has the formulas. A program makes one tile.
+"""The Triton kernels of kernels/gpu/contrastive.py, whose docstring has the formulas. A program makes one tile.
 
 Design choices:
-- All offsets fit 32 bits, because what comes is a square of contrastive_triton.SIDE rows at most.
+- All offsets fit 32 bits, because what comes is a square of gpu.contrastive.SIDE rows at most.
 - Rows and columns behind the last are read as the last one, without masks, and fall away at the end.
 - What does not count becomes exp(-inf) or sigmoid(-inf), which costs fewer registers than zeros put in afterwards; and
   conditions on the diagonal are for every tile alike, for a branch that changes a tile costs registers too.
@@ -96,10 +96,10 @@ def sums_kernel(
 
 @triton.jit(do_not_specialize=ANY_NUMBER)
 def gradient_kernel(
-    X, Y, Scale, Reference, RowInverse, ColumnInverse, OwnGradient, Gradient, rows, columns, size, offset,
+    X, Y, Scale, Reference, RowInverse, ColumnInverse, OwnGradient, ScaleShares, Gradient, rows, columns, size, offset,
     gradient_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient [rows, columns]: row softmax + column softmax, and OwnGradient on the diagonal."""
+    """Gradient [rows, columns]: row softmax + column softmax, and OwnGradient on the diagonal; ScaleShares [tiles]."""
     down, across = _place(rows, columns, ROWS, COLUMNS)
     row_A, column_B = down * ROWS + tl.arange(0, ROWS), across * COLUMNS + tl.arange(0, COLUMNS)
     products_AB = _dot_products(X, Y, row_A, column_B, rows, columns, size, ROWS, COLUMNS, STEP, PRECISION)
@@ -109,16 +109,19 @@ def gradient_kernel(
     gradient_AB = exponentials_AB * (row_inverse_A[:, None] + column_inverse_B[None, :])
     own_gradient_A = tl.load(OwnGradient + row_A, mask=row_A < rows, other=0.0)
     gradient_AB = tl.where(_own(row_A, column_B, offset), own_gradient_A[:, None], gradient_AB)
+    inside_AB = _inside(row_A, column_B, rows, columns)
+    # the gradient of scale is summed before its terms are rounded for the products
+    tl.store(ScaleShares + tl.program_id(0), tl.sum(tl.where(inside_AB, gradient_AB * products_AB, 0.0)))
     pointers = Gradient + row_A[:, None] * gradient_stride + column_B[None, :]
-    tl.store(pointers, gradient_AB.to(Gradient.dtype.element_ty), mask=_inside(row_A, column_B, rows, columns))
+    tl.store(pointers, gradient_AB.to(Gradient.dtype.element_ty), mask=inside_AB)
 
 
 @triton.jit(do_not_specialize=ANY_NUMBER)
 def sigmoid_kernel(
-    X, Y, Scale, Bias, LossShares, BiasShares, Gradient, rows, columns, size, offset, gradient_stride,
+    X, Y, Scale, Bias, LossShares, ScaleShares, BiasShares, Gradient, rows, columns, size, offset, gradient_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient [rows, columns] of the logits; LossShares and BiasShares [tiles]: sums of loss and gradient."""
+    """Gradient [rows, columns] of the logits; shares [tiles]: sums of the loss and of scale's and bias's gradients."""
     down, across = _place(rows, columns, ROWS, COLUMNS)
     row_A, column_B = down * ROWS + tl.arange(0, ROWS), across * COLUMNS + tl.arange(0, COLUMNS)
     products_AB = _dot_products(X, Y, row_A, column_B, rows, columns, size, ROWS, COLUMNS, STEP, PRECISION)
@@ -139,6 +142,7 @@ def sigmoid_kernel(
     losses_AB = tl.maximum(wrong_AB, 0.0) + 2.0 * ratio_AB * series_AB
     gradient_AB = tl.where(own_AB, -sigmoid_AB, sigmoid_AB)
     tl.store(LossShares + tl.program_id(0), tl.sum(losses_AB))
+    tl.store(ScaleShares + tl.program_id(0), tl.sum(gradient_AB * products_AB))
     tl.store(BiasShares + tl.program_id(0), tl.sum(gradient_AB))
     pointers = Gradient + row_A[:, None] * gradient_stride + column_B[None, :]
     tl.store(pointers, gradient_AB.to(Gradient.dtype.element_ty), mask=inside_AB)

@@ -1,0 +1,130 @@
+"""What is measured: all cases of a GPU and of a CPU are well formed, and the peers compute the same thing."""
+
+from __future__ import annotations
+
+from functools import partial
+from types import ModuleType
+
+import pytest
+import torch
+
+from kernels.bench import activation, attention, contrastive, linear_cross_entropy, norm, sanitize, step
+from kernels.bench.case import Tensors, normal_draw
+from kernels.bench.check import numbers
+from kernels.bench.worker import OPERATIONS, SANITIZER, STEP, TABLE, jobs_of
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
+@pytest.mark.parametrize("quick", [True, False])
+def test_cases_are_well_formed(name: str, device: torch.device, quick: bool) -> None:
+    module = OPERATIONS[name]
+    cases = module.cases(device, quick)
+    assert cases
+    for each in cases:
+        assert each.peers
+        assert all(each.bytes[which] > 0 for which in each.passes)
+        assert set(each.targets) <= set(each.passes)
+    keys = [each.key for each in (*cases, *module.checks(device))]
+    assert len(keys) == len(set(keys))
+    if quick:
+        assert {each.key for each in cases} <= {each.key for each in module.cases(device, quick=device == CPU)}
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
+def test_jobs(device: torch.device) -> None:
+    jobs = jobs_of(device, False, [])
+    assert len(jobs) == len(set(jobs))
+    assert jobs[0] == "ceilings"
+    parts = [job.split("/")[0] for job in jobs]
+    assert parts == sorted(parts, key=["ceilings", "check", TABLE, "ranks", STEP, SANITIZER].index)
+    assert (SANITIZER in parts) == (device == CUDA)
+    assert {job.split("/")[1] for job in jobs_of(device, True, ["norm"])[1:]} == {"norm"}
+
+
+@pytest.mark.parametrize("module", [attention, contrastive, linear_cross_entropy, norm, activation])
+def test_plain_definitions_are_exact_in_fp64(module: ModuleType) -> None:
+    """The definition in the inputs' dtype and the truth are one function: fp64 of fp32 inputs is close to fp32."""
+    for check in module.checks(CPU):
+        if check.dtype != torch.float32:
+            continue
+        tensors = check.draw(CPU)
+        found, wide = numbers(check.plain, tensors), numbers(check.truth, widened(tensors))
+        for name, value in found.items():
+            torch.testing.assert_close(value.double(), wide[name], atol=2e-3, rtol=1e-4)
+
+
+def widened(tensors: Tensors) -> Tensors:
+    from kernels.bench.check import widened
+
+    return widened(tensors)
+
+
+def draw_pairs() -> Tensors:
+    return contrastive._draw(37, 16, torch.float64)(CPU)
+
+
+@pytest.mark.parametrize("rows", [1, 10, 64])
+def test_chunked_losses_are_the_naive_ones(rows: int) -> None:
+    for naive, chunked in (
+        (contrastive.naive_infonce, contrastive.chunked_infonce),
+        (contrastive.naive_sigmoid, contrastive.chunked_sigmoid),
+    ):
+        torch.testing.assert_close(numbers(naive, draw_pairs()), numbers(partial(chunked, rows), draw_pairs()))
+    tensors = linear_cross_entropy._draw(37, 16, 50, torch.float64)(CPU)
+    chunked_lines = numbers(partial(linear_cross_entropy.chunked, rows), tensors)
+    torch.testing.assert_close(numbers(linear_cross_entropy.naive, tensors), chunked_lines)
+
+
+def test_padded_documents_give_what_packed_ones_do() -> None:
+    lengths = attention.lengths_of(70, 20)
+    assert sum(lengths) == 70
+    assert max(lengths) < 20
+    tensors = attention._packed_draw(2, lengths, 8, torch.float64)(CPU)
+    padded = attention._padded(lengths, 20, tensors)
+    out_DHTK = attention._padded_sdpa(padded)
+    rows = torch.cat([out_DHTK[place, :, :length] for place, length in enumerate(lengths)], 1)
+    torch.testing.assert_close(rows[None], attention._defined({}, tensors))
+    flash = attention._tokens_first(tensors)
+    torch.testing.assert_close(flash["q"].transpose(0, 1)[None], tensors["q"].detach())
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True}, {"causal": True, "window": 5}, {"causal": True, "window": 99}]
+)
+def test_pairs_counts_what_is_seen(options: attention.Options) -> None:
+    mask = attention.seen(options, 17, 17, CPU)
+    assert attention.pairs(options, 17) == (17 * 17 if mask is None else int(mask.sum()))
+
+
+def test_draws_repeat() -> None:
+    first, second = (normal_draw({"x": (5, 3)}, torch.bfloat16)(CPU)["x"] for _ in range(2))
+    assert torch.equal(first, second)
+    assert first.requires_grad
+
+
+def test_the_two_training_steps_are_one_model() -> None:
+    losses = []
+    for operations, compile_blocks in step.implementations(CPU).values():
+        action = step.training_step(step.SMALL, operations(), CPU, compile_blocks)
+        losses.append([float(action()) for _ in range(2)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0][1] < losses[0][0]
+
+
+def test_flops_of_vit_l() -> None:
+    """4.4 and 1.5 GFLOP a layer and tower: 162 GFLOP an image, as published (81 G multiply-adds), and 13 a caption."""
+    assert step.VIT_L.image.flops == pytest.approx(162e9, rel=0.03)
+    assert step.VIT_L.text.flops == pytest.approx(13.3e9, rel=0.03)
+    assert step.VIT_L.training_flops == pytest.approx(3 * (162e9 + 13.3e9), rel=0.03)
+
+
+def test_reports_of_the_sanitizer() -> None:
+    memory = "ran attention triton on full\n========= ERROR SUMMARY: 3 errors\n"
+    assert sanitize.read(memory) == {"status": "ok", "errors": 3, "ran": ["attention triton on full"]}
+    races = "ran norm triton on x\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n"
+    assert sanitize.read(races)["errors"] == 0
+    assert sanitize.read("========= ERROR SUMMARY: 0 errors\n")["status"] == "error"  # no kernel ran
+    assert sanitize.read("")["message"] == "it printed nothing"

@@ -1,0 +1,120 @@
+"""The suite with a worker that is told what to do: a death, a hang, an interruption; and once for real."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from kernels.bench import suite
+from pretrain.cli import main
+
+WORKER = """
+import json, os, sys, time
+order = json.loads(sys.argv[1])
+def say(**message): print(json.dumps(message), flush=True)
+def row(name, **more):
+    return {{"operation": "norm", "case": "small", "pass": "forward", "implementation": name, "group": "kernels",
+            "own": True, "auto": True, "shape": "1", "target": None, **more}}
+times = {{"seconds": 1e-3, "low": 1e-3, "high": 1e-3, "n": 5, "extra_bytes": 4}}
+for job in order["jobs"]:
+    say(say="begin", job=job)
+    if job == "ceilings":
+        rates = {{"bytes_per_second": 1e10, "flops_per_second": 1e11, "product": "p"}}
+        say(say="facts", section="ceilings", facts=rates)
+    elif job.startswith("table"):
+        assert order["ceilings"] or order["jobs"][0] == "ceilings", "a second process knows them too"
+        say(say="row", job=job, section="rows", row=row("first", status="ok", **times))
+        if job.endswith("/a") and "second" not in order["skip"].get(job, []):
+            say(say="started", job=job, section="rows", row=row("second", status="error"))
+            print("what the library said", file=sys.stderr, flush=True)
+            {end}
+        say(say="row", job=job, section="rows", row=row("third", status="ok", **times))
+    say(say="end", job=job)
+"""
+JOBS = ["ceilings", "table/norm/a", "table/norm/b"]
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setattr(suite, "jobs_of", lambda *_: list(JOBS))
+    return tmp_path
+
+
+def use_worker(monkeypatch: pytest.MonkeyPatch, folder: Path, end: str) -> None:
+    script = folder / "worker.py"
+    script.write_text(WORKER.format(end=end))
+    monkeypatch.setattr(suite, "COMMAND", (sys.executable, str(script)))
+
+
+@pytest.mark.parametrize(
+    ("end", "why"), [("os._exit(3)", "the process died (exit code 3)"), ("time.sleep(60)", "no answer for 15 s")]
+)
+def test_a_death_or_a_hang_costs_one_row(monkeypatch: pytest.MonkeyPatch, told: Path, end: str, why: str) -> None:
+    use_worker(monkeypatch, told, end)
+    lines: list[str] = []
+    path = suite.run(told / "out", silence=15.0, show=lines.append)
+    results = json.loads(path.read_text())
+    found = [(row["job"], row["implementation"], row["status"]) for row in results["rows"]]
+    expected = {("table/norm/a", "second"): "error"}
+    expected |= {(job, name): "ok" for job in JOBS[1:] for name in ("first", "third")}
+    assert {(job, name): status for job, name, status in found} == expected
+    assert len(found) == len(expected)  # what a killed process had told of its job is not there twice
+    assert all(why in row["message"] for row in results["rows"] if row["status"] == "error")
+    assert results["ceilings"]["product"] == "p"
+    assert results["verdicts"][0]["ours"] in ("first", "third")
+    assert path.with_suffix(".log").read_text().count("what the library said") == 1
+    assert any(why in line for line in lines)
+
+
+def test_a_run_that_is_cut_off_leaves_what_it_has(monkeypatch: pytest.MonkeyPatch, told: Path) -> None:
+    use_worker(monkeypatch, told, "pass")
+
+    def interrupt(line: str) -> None:
+        if " third " in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        suite.run(told / "out", show=interrupt)
+    results = json.loads(next((told / "out").glob("*.json")).read_text())
+    assert [row["implementation"] for row in results["rows"]] == ["first", "third"]
+    assert {row["job"]: row["why"] for row in results["not_run"]} == dict.fromkeys(JOBS[1:], "interrupted")
+
+
+def test_a_worker_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch, told: Path) -> None:
+    monkeypatch.setattr(suite, "COMMAND", (sys.executable, "-c", "raise SystemExit(5)"))
+    with pytest.raises(RuntimeError, match="exit code 5"):
+        suite.run(told, show=lambda line: None)
+
+
+def test_the_command_prints_json(
+    monkeypatch: pytest.MonkeyPatch, told: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use_worker(monkeypatch, told, "pass")
+    assert main(["bench", "kernels", "--json", "--quick", "--out", str(told / "out")]) == 0
+    printed = capsys.readouterr()
+    assert [row["implementation"] for row in json.loads(printed.out)["rows"]] == ["first", "third"] * 2
+    assert "results in" in printed.err
+    assert main(["bench", "kernels", "--quick", "--out", str(told / "out")]) == 0
+    assert "| norm: small |" in capsys.readouterr().out
+
+
+def test_an_unknown_operation_is_a_wrong_request(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["bench", "kernels", "--only", "norms", "--out", str(tmp_path)]) == 2
+    assert "--only norms: choose among attention, contrastive" in capsys.readouterr().err
+
+
+def test_the_real_worker(tmp_path: Path) -> None:
+    """All of one operation on CPU: nothing fails, and what is measured has figures."""
+    path = suite.run(tmp_path, ["activation"], quick=True, show=lambda line: None)
+    results = json.loads(path.read_text())
+    assert not results["failures"]
+    assert not results["not_run"]
+    assert suite.holds(results)
+    assert {row["status"] for row in results["checks"]} <= {"ok", "refused"}
+    assert {row["operation"] for row in results["rows"] if row["status"] == "ok"} == {"bias_gelu", "swiglu", "rotary"}
+    assert results["ceilings"]["bytes_per_second"] > 0
+    assert results["machine"]["quick"] is True
+    assert list(tmp_path.glob("*.part")) == []
