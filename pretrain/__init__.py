@@ -16,12 +16,13 @@ from pretrain.config import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from data_pipeline import Tokenizer
+    from pretrain.models.captioner import Captioner
     from pretrain.models.dual import DualEncoder
 
 __all__ = ["Recipe", "load_model", "load_recipe"]
 
 
-def load_model(path: str | Path, device: str = "cpu") -> tuple[DualEncoder, Tokenizer, Recipe]:
+def load_model(path: str | Path, device: str = "cpu") -> tuple[DualEncoder | Captioner, Tokenizer, Recipe]:
     """The model of a checkpoint (or of a run's newest one) in fp32 on one device, its tokenizer and its recipe.
 
     Raises RequestError when there is no checkpoint at `path`, WeftError when its bytes are damaged.

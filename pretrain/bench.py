@@ -2,31 +2,40 @@
 
 Both start from the same parameters and train on the same batches, so their first losses must agree; they take turns
 in short rounds, so that whatever else the machine does falls on both alike. With several ranks (`--nproc`) the peer is
-plain torch under DistributedDataParallel, whose loss gathers all embeddings.
+plain torch under DistributedDataParallel, whose loss gathers all embeddings; a model that is cut has no such peer, and
+is measured alone.
+
+Beside the time: the share of a step in which a collective or a message between stages is under way on this rank, by
+torch's profiler, waiting for the others included; and the bytes that autograd keeps for backward at the worst moment.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from data_pipeline import Batch
 from data_pipeline.tokenizer import EOS
+from pretrain.activations import SavedBytes
 from pretrain.config import Recipe
 from pretrain.flops import training_flops_per_sample
-from pretrain.models.dual import DTYPES, DualEncoder
-from pretrain.models.initialise import initialise
-from pretrain.parallel.engine import Engine, parameter_groups
+from pretrain.models.dual import DualEncoder
+from pretrain.parallel.build import build_model
+from pretrain.parallel.engine import Engine
 from pretrain.parallel.groups import Ranks, pick_device, start_ranks, stop_ranks, world_size
 from pretrain.parallel.layout import lay_out
+from pretrain.parallel.zero import parameter_groups
 from pretrain.plain import PlainDualEncoder, plain_contrastive_loss
 
+Step = Callable[[Batch], float]  # trains on this rank's rows; the loss
 ROUNDS, STEPS_A_ROUND = 7, 4
 
 
@@ -40,14 +49,16 @@ class StepBench:
     global_batch: int
     parameters: int
     weft_seconds: float
-    plain_seconds: float
     weft_gflops: float
-    first_loss_difference: float
+    communication: float  # share of a step, 0 to 1
+    activations: int  # bytes that autograd keeps
+    plain_seconds: float | None = None
+    first_loss_difference: float | None = None
 
     @property
-    def ratio(self) -> float:
+    def ratio(self) -> float | None:
         """Time of ours over time of plain torch."""
-        return self.weft_seconds / self.plain_seconds
+        return self.weft_seconds / self.plain_seconds if self.plain_seconds else None
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
@@ -58,7 +69,14 @@ class StepBench:
             f"{self.layout}, {self.device}, {self.threads} thread(s) a rank, {self.parameters / 1e6:.2f} M parameters, "
             f"batch {self.global_batch}\n"
             f"  weft         {self.weft_seconds:.4f} s a step, {self.global_batch / self.weft_seconds:.0f} samples/s, "
-            f"{self.weft_gflops:.0f} GFLOP/s a rank\n"
+            f"{self.weft_gflops:.0f} GFLOP/s a rank; communication {self.communication:.0%} of it, "
+            f"activations {self.activations / (1 << 20):.1f} MiB\n" + self._peer()
+        )
+
+    def _peer(self) -> str:
+        if self.plain_seconds is None:
+            return "  no peer: plain torch does not cut models"
+        return (
             f"  plain torch  {self.plain_seconds:.4f} s a step, {self.global_batch / self.plain_seconds:.0f} samples/s"
             f"\n  weft / plain torch = {self.ratio:.3f} (below 1: weft is faster); first losses differ by "
             f"{self.first_loss_difference:.1e}"
@@ -71,53 +89,86 @@ def bench_training_step(recipe: Recipe) -> StepBench | None:
     Raises ValueError for a recipe that the plain twin is not written for.
     """
     layout = lay_out(recipe, world_size())
-    if layout.tp > 1 or [objective.name for objective in recipe.objectives] != ["contrastive"]:
-        raise ValueError("weft bench step compares data parallel contrastive training: layout.tp=1, one objective")
+    if [objective.name for objective in recipe.objectives] != ["contrastive"]:
+        raise ValueError("weft bench step measures contrastive training: one objective, contrastive")
     ranks = start_ranks(layout, pick_device(recipe.run.device))
     try:
-        dtype = DTYPES[recipe.train.precision]
-        model = DualEncoder(recipe.model, dtype=dtype)
-        initialise(model, recipe.run.seed)
-        plain = PlainDualEncoder.from_weft(model, recipe.model).to(ranks.device)
-        steps = {"weft": _weft_step(model, recipe, ranks), "plain": _plain_step(plain, recipe, ranks)}
+        model = build_model(recipe, layout, ranks)
+        assert isinstance(model, DualEncoder)
+        parameters = list(model.parameters())
+        steps: dict[str, Step] = {}
+        if layout.tp * layout.pp * layout.cp == 1:
+            plain = PlainDualEncoder.from_weft(model, recipe.model).to(ranks.device)
+            steps["plain"] = _plain_step(plain, recipe, ranks)
+        steps["weft"] = _weft_step(model, recipe, ranks)
         batches = [_random_batch(recipe, layout.share, ranks, number) for number in range(STEPS_A_ROUND)]
         first = {name: step(batches[0]) for name, step in steps.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in steps}
-        for round_number in range(ROUNDS + 1):
-            for name, step in steps.items():
-                dist.barrier(group=ranks.control_group)
-                began = time.perf_counter()
-                for batch in batches:
-                    step(batch)
-                if ranks.device.type == "cuda":
-                    torch.cuda.synchronize()
-                if round_number:  # the first warms up
-                    seconds[name].append((time.perf_counter() - began) / STEPS_A_ROUND)
+        seconds = _take_turns(steps, batches, ranks)
+        with SavedBytes(parameters) as saved:
+            steps["weft"](batches[0])
+        communication = _communication_share(steps["weft"], batches[0], ranks)
         if not ranks.is_first:
             return None
         weft = statistics.median(seconds["weft"])
         flops = training_flops_per_sample(recipe.model) * recipe.train.global_batch
+        compared = "plain" in steps
         return StepBench(
             layout=str(layout),
             device=torch.cuda.get_device_name() if ranks.device.type == "cuda" else "CPU",
             threads=torch.get_num_threads(),
             global_batch=recipe.train.global_batch,
-            parameters=sum(parameter.numel() for parameter in plain.parameters()),
+            parameters=sum(parameter.numel() for parameter in parameters),
             weft_seconds=weft,
-            plain_seconds=statistics.median(seconds["plain"]),
             weft_gflops=flops / weft / layout.world / 1e9,
-            first_loss_difference=abs(first["weft"] - first["plain"]),
+            communication=communication,
+            activations=saved.peak,
+            plain_seconds=statistics.median(seconds["plain"]) if compared else None,
+            first_loss_difference=abs(first["weft"] - first["plain"]) if compared else None,
         )
     finally:
         stop_ranks(ranks)
 
 
-def _weft_step(model: DualEncoder, recipe: Recipe, ranks: Ranks) -> Any:
+def _take_turns(steps: dict[str, Step], batches: list[Batch], ranks: Ranks) -> dict[str, list[float]]:
+    """Seconds of a step, by name and round."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for round_number in range(ROUNDS + 1):
+        for name, step in steps.items():
+            dist.barrier(group=ranks.control_group)
+            began = time.perf_counter()
+            for batch in batches:
+                step(batch)
+            if ranks.device.type == "cuda":
+                torch.cuda.synchronize()
+            if round_number:  # the first warms up
+                seconds[name].append((time.perf_counter() - began) / STEPS_A_ROUND)
+    return seconds
+
+
+def _communication_share(step: Step, batch: Batch, ranks: Ranks) -> float:
+    """The share of a step in which a collective or a message is under way on this rank, waiting for others included."""
+    dist.barrier(group=ranks.control_group)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if ranks.device.type == "cuda" else [])]
+    with profile(activities=activities) as profiler, record_function("step"):
+        step(batch)
+    events = profiler.events() or []
+    (whole,) = [event.time_range for event in events if event.name == "step"][:1]
+    spans = sorted(
+        (event.time_range.start, event.time_range.end) for event in events if event.name.startswith(("gloo:", "nccl:"))
+    )
+    busy, until = 0.0, whole.start
+    for start, end in spans:
+        busy += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return busy / (whole.end - whole.start)
+
+
+def _weft_step(model: DualEncoder, recipe: Recipe, ranks: Ranks) -> Step:
     engine = Engine(model.to(ranks.device), recipe, lay_out(recipe, ranks.world), ranks)
     return lambda batch: engine.step(batch, recipe.train.lr).loss
 
 
-def _plain_step(plain: PlainDualEncoder, recipe: Recipe, ranks: Ranks) -> Any:
+def _plain_step(plain: PlainDualEncoder, recipe: Recipe, ranks: Ranks) -> Step:
     train = recipe.train
     wrapped = DistributedDataParallel(plain, process_group=ranks.dp_group)
     optimizer = torch.optim.AdamW(

@@ -12,6 +12,7 @@ import os
 import shlex
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,6 +43,9 @@ Overrides = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
 
+# What the system says of a file that will not be otherwise at the next attempt
+LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+
 # What a command line that does not parse raises. Its home has moved from click into typer; this is it in both.
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 
@@ -51,21 +55,42 @@ def train(
     recipe: RecipeName,
     overrides: Overrides = None,
     nproc: Annotated[int, typer.Option(min=1, help="Ranks to start on this machine.")] = 1,
+    restarts: Annotated[
+        int, typer.Option(min=0, help="Start again so often from the newest checkpoint when a rank dies or hangs.")
+    ] = 0,
+    min_nproc: Annotated[
+        int | None,
+        typer.Option(min=1, help="After an attempt without progress, start with fewer ranks, down to so many."),
+    ] = None,
 ) -> None:
     """Train a recipe: from where its run folder stands, or from the beginning."""
     from pretrain.config import load_recipe
     from pretrain.launch import end_with_launcher, launch
+    from pretrain.parallel.choose import with_layout
+    from pretrain.parallel.groups import world_size
     from pretrain.preflight import check
+    from pretrain.restart import Restarts
 
     resolved = load_recipe(recipe, overrides or [])
-    arguments = ["train", recipe, *(overrides or [])]
-    if nproc > 1 and not _under_launcher():
-        check(resolved, nproc)  # one sentence here instead of one from each rank
-        raise typer.Exit(launch([*arguments, "--nproc", str(nproc)], nproc))
+    least = nproc if min_nproc is None else min_nproc
+    if least > nproc:
+        raise RequestError(f"--min-nproc is {least}, more than --nproc {nproc}: give at most {nproc}")
+    if least < nproc and not restarts:
+        raise RequestError(f"--min-nproc {least} says what restarts may do, and there are none: give --restarts too")
+    if restarts and resolved.train.resume == "never":
+        raise RequestError("--restarts goes on from checkpoints, and train.resume is never: use train.resume=auto")
+    ranks = ["--nproc", str(nproc)] if nproc > 1 else []
+    ranks += ["--restarts", str(restarts)] if restarts else []
+    ranks += ["--min-nproc", str(least)] if least < nproc else []
+    arguments = ["train", recipe, *(overrides or []), *ranks]
+    if ranks and not _under_launcher():
+        check(with_layout(resolved, nproc), nproc)  # one sentence here instead of one from each rank
+        again = [Restarts(resolved, nproc, restarts, least)] if restarts else []
+        raise typer.Exit(launch(arguments, nproc, *again))
     end_with_launcher()
     from pretrain.train import train as run
 
-    raise typer.Exit(run(resolved, shlex.join(["weft", *arguments, *(["--nproc", str(nproc)] if nproc > 1 else [])])))
+    raise typer.Exit(run(with_layout(resolved, world_size()), shlex.join(["weft", *arguments])))
 
 
 @weft.command()
@@ -168,8 +193,17 @@ def verify_checkpoint(
 
 
 @bench.command("data")
-def bench_data(json_: Json = False) -> None:
+def bench_data(
+    ray: Annotated[bool, typer.Option("--ray", help="The loader on Ray against the one in process instead.")] = False,
+    json_: Json = False,
+) -> None:
     """The loader against plain webdataset with PIL, in one run on the same shards."""
+    if ray:
+        from data_pipeline.bench_ray import bench_ray
+
+        measured = bench_ray()
+        print(json.dumps(measured.as_dict()) if json_ else str(measured))
+        return
     from data_pipeline.bench import bench_loader
 
     result = bench_loader()
@@ -181,6 +215,9 @@ def bench_step(
     overrides: Overrides = None,
     recipe: Annotated[str, typer.Option(help="Whose model, batch, precision and layout to measure.")] = "quickstart",
     nproc: Annotated[int, typer.Option(min=1, help="Ranks to start on this machine.")] = 1,
+    layouts: Annotated[
+        bool, typer.Option("--layouts", help="A table: one process, and --nproc ranks in every way to cut.")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """The training step against the same model in plain torch with SDPA and DDP, in one run."""
@@ -188,6 +225,13 @@ def bench_step(
     from pretrain.launch import launch
 
     resolved = load_recipe(recipe, overrides or [])
+    if layouts:
+        from pretrain.bench_layouts import bench_layouts, markdown
+
+        show = partial(print, file=sys.stderr, flush=True)
+        rows = bench_layouts(resolved, recipe, overrides or [], nproc, show)
+        print(json.dumps(rows) if json_ else markdown(rows))
+        return
     if nproc > 1 and not _under_launcher():
         flags = ["--recipe", recipe, "--nproc", str(nproc), *(["--json"] if json_ else [])]
         raise typer.Exit(launch(["bench", "step", *(overrides or []), *flags], nproc))
@@ -196,6 +240,47 @@ def bench_step(
     result = bench_training_step(resolved)
     if result is not None:
         print(json.dumps(result.as_dict()) if json_ else str(result))
+
+
+@bench.command("checkpoint")
+def bench_checkpoint(
+    overrides: Overrides = None,
+    recipe: Annotated[str, typer.Option(help="Whose model, layout and run.dir to measure.")] = "quickstart",
+    nproc: Annotated[int, typer.Option(min=1, help="Ranks to start on this machine.")] = 1,
+    json_: Json = False,
+) -> None:
+    """How long training stands still for a checkpoint that is written beside it, or at once."""
+    from pretrain.config import load_recipe
+    from pretrain.launch import launch
+
+    resolved = load_recipe(recipe, overrides or [])
+    if nproc > 1 and not _under_launcher():
+        flags = ["--recipe", recipe, "--nproc", str(nproc), *(["--json"] if json_ else [])]
+        raise typer.Exit(launch(["bench", "checkpoint", *(overrides or []), *flags], nproc))
+    from pretrain.bench_checkpoint import bench_checkpoint as measure
+
+    result = measure(resolved)
+    if result is not None:
+        print(json.dumps(result.as_dict()) if json_ else str(result))
+
+
+@bench.command("kernels")
+def bench_kernels(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where results go.")] = Path("runs/bench-kernels"),
+    only: Annotated[str, typer.Option(metavar="NAME,...", help="Operations; default: all of them.")] = "",
+    quick: Annotated[bool, typer.Option(help="The main rows, few repetitions.")] = False,
+    minutes: Annotated[float, typer.Option(min=0.1, help="Begin nothing new after about that long.")] = 8.0,
+    json_: Json = False,
+) -> None:
+    """Every kernel: right against fp64, then time and memory beside its peers; exit 1 when one is wrong."""
+    from kernels.bench import suite
+    from kernels.bench.table import markdown
+
+    show = partial(print, file=sys.stderr, flush=True) if json_ else partial(print, flush=True)
+    written = suite.run(out, [name for name in only.split(",") if name], quick, minutes, show=show)
+    results = json.loads(written.read_text())
+    print(json.dumps(results) if json_ else f"\n{markdown(results)}\n{suite.picture(written)}")
+    raise typer.Exit(0 if suite.holds(results) else 1)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -218,11 +303,12 @@ def main(arguments: list[str] | None = None) -> int:
         sentence = _sentence(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT) and not sentence.startswith("the disk is full"):
             sentence = f"the disk is full ({sentence}): make room and give the same command again"
-        return _fail(sentence, 1)
+        return _fail(sentence, 1, lasting=error.errno in LASTING)
     except ValueError as error:
         from data_pipeline.errors import DataError
 
-        return _fail(str(error), 1 if isinstance(error, DataError) else 2)
+        bad_data = isinstance(error, DataError)
+        return _fail(str(error), 1 if bad_data else 2, lasting=bad_data)  # a library's own may be one peer's end
 
 
 def _under_launcher() -> bool:
@@ -230,9 +316,14 @@ def _under_launcher() -> bool:
     return "WORLD_SIZE" in os.environ
 
 
-def _fail(sentence: str, code: int) -> int:
+def _fail(sentence: str, code: int, lasting: bool = True) -> int:
+    """Say the sentence, and return the code. The launcher starts the job again unless the trouble is `lasting`."""
+    from pretrain.launch import leave_word
+
     if os.environ.get("RANK", "0") == "0":
-        print(f"weft: {sentence}", file=sys.stderr)
+        print(f"weft: {sentence}", file=sys.stderr, flush=True)
+    if lasting and code != 130:
+        leave_word(sentence)
     return code
 
 

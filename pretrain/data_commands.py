@@ -1,17 +1,14 @@
-"""`weft data`: make, import, check, count, look at and order data sets.
+"""`weft data`: make, check, count, look at and order data sets (import_commands.py, filter_commands.py).
 
 Design choices:
 - A PATH is a folder of shards, or the parent of train/ and test/: then the command does both and says which is which.
-- With --json, exactly one JSON object on stdout; progress goes to stderr, and only to a terminal.
 - Exit 1 when the data is bad. Other errors rise to `pretrain.cli.main`, which prints them and knows their exit codes.
 - `data_pipeline` loads torch and is imported inside the commands, so that `weft --help` is quick.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,34 +18,36 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from pretrain.data_output import (
+    SHOWN,
+    Json,
+    Out,
+    Processes,
+    Seed,
+    Sound,
+    plural,
+    print_json,
+    progress_bar,
+    show_more,
+    show_written,
+)
+from pretrain.filter_commands import filter_command, score_command
+from pretrain.import_commands import importers
+
 if TYPE_CHECKING:
     from data_pipeline.check import CheckReport
-    from data_pipeline.importers.split import Imported
-    from data_pipeline.shards import Written
     from data_pipeline.stats import DatasetStats, Spread
 
-SHOWN = 12  # problems, skipped sources or bars on a screen; --json has all
 BAR = 24  # characters of the longest bar of a histogram
 
 data = typer.Typer(
     name="data", help="Make, import, check and look at data sets.", no_args_is_help=True, pretty_exceptions_enable=False
 )
-importers = typer.Typer(
-    help="Turn pictures and captions into shards: OUT/train and OUT/test.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
 data.add_typer(importers, name="import")
+data.command("filter")(filter_command)
+data.command("score")(score_command)
 
-Out = Annotated[Path, typer.Argument(help="New folder; gets the sub-folders train and test.")]
 DataPath = Annotated[Path, typer.Argument(metavar="PATH", help="Folder of shards, or the parent of train/ and test/.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
-Processes = Annotated[int | None, typer.Option(min=0, help="Processes at work; default: one a core.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn by chance.")]
-TestShare = Annotated[
-    float, typer.Option(min=0.0, max=1.0, help="Share of the samples that goes to OUT/test; 0: no test set.")
-]
-Sound = Annotated[bool, typer.Option("--sound/--no-sound", help="With the sound, or pictures and captions only.")]
 
 
 @data.command()
@@ -69,92 +68,22 @@ def synth(
         written = synthesise(
             out, train=train, test=test, seed=seed, size=size, sound=sound, processes=processes, progress=progress
         )
-    _show_written(out, *written, as_json)
-
-
-@importers.command("folder")
-def import_folder_command(
-    path: Annotated[Path, typer.Argument(help="Folder of pictures.")],
-    out: Out,
-    test_share: TestShare = 0.1,
-    seed: Seed = 0,
-    processes: Processes = None,
-    as_json: Json = False,
-) -> None:
-    """Import a folder of pictures with a .txt of the same name beside each, or one folder a class."""
-    from data_pipeline.importers.folder import import_folder
-
-    with progress_bar("importing") as progress:
-        imported = import_folder(path, out, test_share=test_share, seed=seed, processes=processes, progress=progress)
-    _show_imported(out, imported, as_json)
-
-
-@importers.command("table")
-def import_table_command(
-    file: Annotated[Path, typer.Argument(help="The table.")],
-    out: Out,
-    image_column: Annotated[str | None, typer.Option(help="Column of the pictures; default: found by name.")] = None,
-    caption_column: Annotated[str | None, typer.Option(help="Column of the captions; default: found by name.")] = None,
-    test_share: TestShare = 0.1,
-    seed: Seed = 0,
-    processes: Processes = None,
-    as_json: Json = False,
-) -> None:
-    """Import a table (CSV, TSV or Parquet) with a column of pictures and one of captions."""
-    from data_pipeline.importers.table import import_table
-
-    with progress_bar("importing") as progress:
-        imported = import_table(
-            file,
-            out,
-            image_column=image_column,
-            caption_column=caption_column,
-            test_share=test_share,
-            seed=seed,
-            processes=processes,
-            progress=progress,
-        )
-    _show_imported(out, imported, as_json)
-
-
-@importers.command("tuxpaint")
-def import_tuxpaint_command(
-    out: Out,
-    language: Annotated[str, typer.Option(help="Language of captions and speech: en, de, ja, ...")] = "en",
-    test_share: TestShare = 0.2,
-    seed: Seed = 0,
-    package: Annotated[
-        Path | None, typer.Option(help="The .deb of tuxpaint-stamps-default; default: downloaded.")
-    ] = None,
-    sound: Sound = True,
-    processes: Processes = None,
-    as_json: Json = False,
-) -> None:
-    """Import the stamps of Tux Paint (Debian, GPL-2): real pictures with captions and spoken descriptions."""
-    from data_pipeline.importers.tuxpaint import import_tuxpaint
-
-    with progress_bar("importing") as progress:
-        imported = import_tuxpaint(
-            out,
-            language=language,
-            test_share=test_share,
-            seed=seed,
-            package=package,
-            sound=sound,
-            processes=processes,
-            progress=progress,
-        )
-    _show_imported(out, imported, as_json)
+    show_written(out, dict(zip(("train", "test"), written, strict=True)), as_json)
 
 
 @data.command()
 def check(
     path: DataPath,
     decode: Annotated[bool, typer.Option("--decode/--no-decode", help="Decode every picture and sound, too.")] = True,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks to split over: is it even?")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Workers of each rank, likewise.")] = 1,
     processes: Processes = None,
     as_json: Json = False,
 ) -> None:
-    """Read everything and name every defect: shard, byte, key and reason. Exit 1 when there is an error."""
+    """Read everything and name every defect: shard, byte, key and reason. Exit 1 when there is an error.
+
+    With --ranks or --workers, also how samples fall to them.
+    """
     from data_pipeline.check import check_dataset
 
     reports: dict[str, CheckReport] = {}
@@ -162,12 +91,18 @@ def check(
         with progress_bar(f"checking {folder}") as progress:
             reports[str(folder)] = check_dataset(folder, decode=decode, processes=processes, progress=progress)
     ok = all(report.ok for report in reports.values())
+    splits = {name: _split(Path(name), ranks, workers) for name in reports} if ok and ranks * workers > 1 else {}
     if as_json:
-        found = [{"path": name, "ok": report.ok, **asdict(report)} for name, report in reports.items()]
+        found = [
+            {"path": name, "ok": report.ok, **asdict(report), **({"split": splits[name]} if splits else {})}
+            for name, report in reports.items()
+        ]
         print_json({"ok": ok, "datasets": found})
     else:
         for name, report in reports.items():
             _show_report(name, report)
+            if splits:
+                print(f"{name}: {splits[name]['words']}")
     if not ok:
         raise typer.Exit(1)
 
@@ -225,9 +160,15 @@ def order(
     shuffle: Annotated[
         bool, typer.Option("--shuffle/--no-shuffle", help="As in training, or as the shards lie.")
     ] = True,
+    block: Annotated[int, typer.Option(min=0, help="As data.block of a recipe; 0: a full shuffle.")] = 0,
+    window: Annotated[int, typer.Option(min=1, help="As data.window.")] = 64,
+    quality: Annotated[
+        int, typer.Option(min=0, help="Measure how well batches of this size are mixed, and what reading them costs.")
+    ] = 0,
     as_json: Json = False,
 ) -> None:
-    """Print which samples a run reads at any stretch of its order."""
+    """Print which samples a run reads at any stretch of its order; or, with --quality, how good that order is."""
+    from data_pipeline.block_order import BlockOrder, quality_of
     from data_pipeline.order import Order
     from data_pipeline.reader import open_dataset, read_order
 
@@ -237,11 +178,18 @@ def order(
     dataset = open_dataset(path)
     if start >= len(dataset):
         raise ValueError(f"--start is {start}, but an epoch of {path} has places 0 to {len(dataset) - 1}")
-    run_order = Order(len(dataset), seed, shuffle)
+    run_order = BlockOrder(len(dataset), seed, block, window) if block else Order(len(dataset), seed, shuffle)
+    if quality:
+        measured = quality_of(run_order, dataset, batch=quality)
+        if as_json:
+            print_json({"path": str(path), "block": block, "window": window, **measured.as_dict()})
+        else:
+            print(measured)
+        return
     rows = read_order(dataset, run_order, epoch * len(dataset) + start, count)
     if as_json:
         head = {"path": str(path), "fingerprint": dataset.fingerprint, "samples": len(dataset)}
-        print_json({**head, "seed": seed, "shuffle": shuffle, "rows": rows})
+        print_json({**head, "seed": seed, "shuffle": shuffle, "block": block, "rows": rows})
         return
     lines = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -262,7 +210,7 @@ def datasets_in(path: Path) -> list[Path]:
         raise ValueError(f"{path} is a file: give the folder that holds the shards")
     if holds_data(path):
         return [path]
-    folders = [path / name for name in ("train", "test") if holds_data(path / name)]
+    folders = [path / name for name in ("train", "val", "test") if holds_data(path / name)]
     if folders:
         return folders
     compressed = next(iter(sorted([*path.glob("*.tar.*"), *path.glob("*.tgz")])), None)
@@ -270,57 +218,21 @@ def datasets_in(path: Path) -> list[Path]:
     raise FileNotFoundError(f"no data set at {path}: no .tar in it, and none in train/ or test/{hint}")
 
 
-@contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, where that is a terminal; gives the function that moves it: (done, total)."""
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+def _split(folder: Path, ranks: int, workers: int) -> dict[str, Any]:
+    """How samples fall to ranks and workers, by weft's order and by whole shards."""
+    from data_pipeline.index import load_index, shares_by_shard
 
-    console = Console(stderr=True)
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def print_json(tree: dict[str, Any]) -> None:
-    """One JSON object on stdout, ASCII only, so that no terminal or hostile text can break it."""
-    print(json.dumps(tree))
-
-
-def _show_imported(out: Path, imported: Imported, as_json: bool) -> None:
-    _show_written(out, imported.train, imported.test, as_json)
-
-
-def _show_written(out: Path, train: Written, test: Written | None, as_json: bool) -> None:
-    from data_pipeline.page import readable_size
-
-    parts = {"train": train} | ({"test": test} if test else {})
-    if as_json:
-        tree = {name: _written_tree(out / name, written) for name, written in parts.items()}
-        print_json({"path": str(out), "train": tree["train"], "test": tree.get("test")})
-        return
-    console = Console(soft_wrap=True)
-    for name, written in parts.items():
-        index = written.index
-        size = readable_size(sum(shard.bytes for shard in index.shards))
-        console.print(escape(f"{out / name}: {index.samples} samples in {_count(len(index.shards), 'shard')}, {size}"))
-        if written.skipped:
-            console.print(f"[yellow]skipped {len(written.skipped)}:[/yellow]")
-        for skip in written.skipped[:SHOWN]:
-            console.print(escape(f"  {skip.source}: {skip.reason}"))
-        _show_more(console, len(written.skipped))
-
-
-def _written_tree(folder: Path, written: Written) -> dict[str, Any]:
-    index = written.index
-    return {
-        "path": str(folder),
-        "samples": index.samples,
-        "shards": len(index.shards),
-        "bytes": sum(shard.bytes for shard in index.shards),
-        "fingerprint": index.fingerprint,
-        "skipped": [asdict(skip) for skip in written.skipped],
-    }
+    index = load_index(folder)
+    shares = shares_by_shard(index, ranks, workers)
+    by_rank, by_worker = [sum(share) for share in shares], [count for share in shares for count in share]
+    words = (
+        f"weft reads the same number on each of {plural(ranks, 'rank')}, whatever the shards hold; loaders that deal "
+        f"out whole shards, as webdataset's do, would give {min(by_rank)} to {max(by_rank)} samples to a rank and "
+        f"{min(by_worker)} to {max(by_worker)} to a worker"
+    )
+    if min(by_worker) == 0:
+        words += f", and nothing to some: {plural(len(index.shards), 'shard')} for {ranks * workers} workers"
+    return {"by_shard": shares, "even_by_shard": min(by_worker) == max(by_worker), "words": words}
 
 
 def _show_report(folder: str, report: CheckReport) -> None:
@@ -328,12 +240,12 @@ def _show_report(folder: str, report: CheckReport) -> None:
     for problem in sorted(report.problems, key=lambda problem: problem.severity != "error")[:SHOWN]:
         colour = "red" if problem.severity == "error" else "yellow"
         console.print(f"[{colour}]{problem.severity}[/{colour}] {escape(str(problem))}", highlight=False)
-    _show_more(console, len(report.problems))
+    show_more(console, len(report.problems))
     verdict = "[green]good[/green]" if report.ok else "[red]bad[/red]"
     errors, warnings = len(report.errors), len(report.problems) - len(report.errors)
     console.print(
-        f"{escape(folder)}: {verdict}, {_count(report.samples, 'sample')} in {_count(report.shards, 'shard')}, "
-        f"{_count(errors, 'error')}, {_count(warnings, 'warning')}",
+        f"{escape(folder)}: {verdict}, {plural(report.samples, 'sample')} in {plural(report.shards, 'shard')}, "
+        f"{plural(errors, 'error')}, {plural(warnings, 'warning')}",
         highlight=False,
     )
 
@@ -344,13 +256,13 @@ def _show_stats(folder: str, counted: DatasetStats) -> None:
     console = Console()
     facts = Table(title=escape(folder), title_justify="left", title_style="bold", box=None, show_header=False)
     facts.add_row(
-        "samples", f"{counted.samples:,} in {_count(counted.shards, 'shard')}, {readable_size(counted.bytes)}"
+        "samples", f"{counted.samples:,} in {plural(counted.shards, 'shard')}, {readable_size(counted.bytes)}"
     )
     facts.add_row("a shard", f"{_range(counted.shard_samples)} samples, {_range(counted.shard_bytes, readable_size)}")
-    facts.add_row("opened", f"{_count(counted.opened, 'sample')}, {counted.unreadable} not fully readable")
+    facts.add_row("opened", f"{plural(counted.opened, 'sample')}, {counted.unreadable} not fully readable")
     holding = (f"{name} {_share(number, counted.opened)}" for name, number in counted.modalities.items())
     facts.add_row("holding", ", ".join(holding) or "neither picture, text nor sound")
-    labels = f", {_count(len(counted.labels), 'label')}" if counted.labels else ""
+    labels = f", {plural(len(counted.labels), 'label')}" if counted.labels else ""
     facts.add_row("labelled", f"{_share(counted.labelled, counted.opened)}{labels}")
     spreads = {
         "captions a sample": counted.captions_per_sample,
@@ -383,12 +295,7 @@ def _show_bars(console: Console, title: str, counts: dict[str, int], total: int)
         table.add_row(escape(name), "█" * length or "·", f"{number:,}", f"[dim]{_share(number, total)}[/dim]")
     console.print(f"[bold]{title}[/bold]")
     console.print(table)
-    _show_more(console, len(counts))
-
-
-def _show_more(console: Console, total: int) -> None:
-    if total > SHOWN:
-        console.print(f"  ... and {total - SHOWN} more: --json lists all", highlight=False)
+    show_more(console, len(counts))
 
 
 def _short(number: float) -> str:
@@ -403,7 +310,3 @@ def _range(spread: Spread, name: Callable[[float], str] = _short) -> str:
 
 def _share(part: int, total: int) -> str:
     return f"{part / total:.1%}" if total else "-"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import torch
 
-from pretrain.config import Model, Tower
+from pretrain.sections import Model, Tower
 
 # dense peak, TFLOP/s, by the name torch gives the card: NVIDIA's data sheets, without sparsity
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}
 
 
 def forward_flops_per_sample(model: Model) -> int:
-    """One image and one caption through both towers."""
+    """One image and one caption through both towers, or through the one decoder."""
     vision, text = model.vision, model.text
-    patches = (vision.image_size // vision.patch) ** 2
-    image = _block_flops(vision, patches + (vision.pool == "class"))
-    image += 2 * patches * 3 * vision.patch**2 * vision.width + 2 * vision.width * model.embed_dim
+    if model.kind == "captioner":
+        together = _block_flops(text, vision.patches + text.context)
+        return together + 2 * text.width * (vision.patches * 3 * vision.patch**2 + text.context * text.vocab_size)
+    image = _block_flops(vision, vision.tokens)
+    image += 2 * vision.patches * 3 * vision.patch**2 * vision.width + 2 * vision.width * model.embed_dim
     caption = _block_flops(text, text.context) + 2 * text.width * model.embed_dim
     return image + caption
 

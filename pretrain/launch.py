@@ -1,29 +1,40 @@
 """Start N ranks of a command on this machine through torchrun's own library, and bring back one exit code.
 
 The library and not its command line: a rank that ends with a sentence for the user would otherwise be followed by a
-page of the launcher's traceback.
+page of the launcher's traceback. What may follow a failed attempt is told in `restart`.
 """
 
 from __future__ import annotations
 
 import ctypes
+import json
 import logging
 import os
 import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from pretrain.restart import End, cause
 
 LAUNCHER = "WEFT_LAUNCHER"  # process id of the launcher, in the environment of its ranks
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+SAID = "TORCHELASTIC_ERROR_FILE"  # torchrun's: where a rank leaves what it died of
 
 
-def launch(arguments: Sequence[str], ranks: int) -> int:
-    """Run `python -m pretrain.cli ARGUMENTS` on `ranks` ranks of this machine; the exit code of the first to fail."""
-    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+def launch(
+    arguments: Sequence[str], ranks: int, again: Callable[[Sequence[End]], int | None] = lambda ends: None
+) -> int:
+    """Run `python -m pretrain.cli ARGUMENTS` on `ranks` ranks of this machine; the exit code of the first to fail.
+
+    `again` is asked after a failure on how many ranks to start once more; None: not. A stop signal to this process is
+    passed on to the ranks, and is never followed by another attempt.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # the ranks share the cores; a user's own setting stands
@@ -31,12 +42,31 @@ def launch(arguments: Sequence[str], ranks: int) -> int:
     # when the job is told to stop, the ranks save before they leave; 30 s would not do for a large model
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     os.environ[LAUNCHER] = str(os.getpid())
-    logs = tempfile.mkdtemp(prefix="weft-launch-")  # torchrun wants a folder, though the ranks write to our own stderr
+    try:
+        attempt, asked = 0, ranks
+        while ends := _attempt(arguments, asked, attempt):
+            next_ranks = again(ends)
+            if next_ranks is None:
+                return _report(ends)
+            attempt, asked = attempt + 1, next_ranks
+    except SignalException as stopped:
+        return 128 + int(stopped.sigval)
+    return 0
+
+
+def _attempt(arguments: Sequence[str], ranks: int, attempt: int) -> list[End]:
+    """One start of all ranks until none is left; how those ended that did not end well."""
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # torchrun wants a folder, though the ranks write to our own stderr; what they died of goes there
+    logs = tempfile.mkdtemp(prefix="weft-launch-")
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=ranks,
-        run_id=f"weft-{os.getpid()}",
+        run_id=f"weft-{os.getpid()}-{attempt}",
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",
         local_addr="127.0.0.1",
@@ -46,13 +76,34 @@ def launch(arguments: Sequence[str], ranks: int) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "pretrain.cli", *arguments)
     except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
-        return code if code > 0 else 128 - code  # a negative code is the signal that ended it
-    except SignalException as stopped:
-        return 128 + int(stopped.sigval)
+        return [
+            End(
+                rank,
+                failure.exitcode,
+                float(failure.timestamp),
+                failure.message if Path(failure.error_file).is_file() else "",
+            )
+            for rank, failure in error.failures.items()
+        ]
     finally:
         shutil.rmtree(logs, ignore_errors=True)
-    return 0
+    return []
+
+
+def _report(ends: Sequence[End]) -> int:
+    """The exit code of a job that ended so; says what was wrong where the first rank, which speaks, did not know."""
+    end = cause(ends)
+    if end.said and not any(each.said for each in ends if each.rank == 0):
+        print(f"weft: rank {end.rank}: {end.said}", file=sys.stderr)
+    return end.exit_code
+
+
+def leave_word(sentence: str) -> None:
+    """In a rank: tell the launcher the sentence for the user that this rank ends with."""
+    if path := os.environ.get(SAID):
+        with suppress(OSError):  # where nothing can be written, the exit code has to do
+            text = json.dumps({"message": sentence, "timestamp": int(time.time())})
+            Path(path).write_text(text, encoding="utf-8")
 
 
 def end_with_launcher() -> None:

@@ -10,6 +10,7 @@ A resumed run cuts both files back to the step it resumes from, so each step sta
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 import time
@@ -23,6 +24,7 @@ from rich.console import Console
 from data_pipeline.index import written_whole
 
 METRICS, EVALUATION, EXAMPLES = "metrics.jsonl", "evaluation.jsonl", "examples.json"
+WAITING = 0.2  # share of the time: to wait more than that is worth a hint
 
 
 class RunLog:
@@ -39,7 +41,8 @@ class RunLog:
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_step + 1)
 
     def step(self, line: dict[str, Any]) -> None:
-        """One logged step."""
+        """One logged step; what is not finite is written as null."""
+        line = {name: value if math.isfinite(value or 0) else None for name, value in line.items()}
         _append(self._metrics, line)
         for name, value in line.items():
             if name not in ("step", "time") and value is not None:
@@ -86,6 +89,32 @@ class Clock:
     def pause(self, seconds: float) -> None:
         """Take out time that was not training: an evaluation, a checkpoint."""
         self._since += seconds
+
+
+class WaitHint:
+    """Says once what to change when training waits for data, line after line."""
+
+    def __init__(self, loader: str, workers: int, ranks: int, cores: int) -> None:
+        self._loader, self._workers, self._ranks, self._cores = loader, workers, ranks, cores
+        self._in_a_row, self._said = 0, False
+
+    def look(self, share: float) -> str:
+        """The hint, when so large a share of the time was waited for the third logged line in a row; else ""."""
+        self._in_a_row = self._in_a_row + 1 if share > WAITING else 0
+        if self._said or self._in_a_row < 3:
+            return ""
+        self._said = True
+        spare = self._cores // self._ranks
+        if self._loader == "ray":
+            change = f"raise data.most_workers (data.workers={self._workers}), and give Ray nodes with free processors"
+        elif self._workers < spare:
+            change = f"raise data.workers from {self._workers} to up to {spare} (cores a rank), or store smaller images"
+        else:
+            change = (
+                f"all {self._cores} cores decode already: data.loader=ray decodes on other machines too, and images "
+                "stored nearer to model.vision.image_size decode faster"
+            )
+        return f"training waits for data {share:.0%} of its time: {change}"
 
 
 class ProgressLine:

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from data_pipeline.tokenizer import EOS
-from pretrain.config import VOCABULARY_MULTIPLE, Model, Tower
 from pretrain.models.dual import DualEncoder
+from pretrain.models.pieces import parameters_by_name
 from pretrain.models.towers import cut_into_patches, sincos_2d
+from pretrain.sections import Model, Tower
 
 
 class PlainBlock(nn.Module):
@@ -52,8 +53,7 @@ class PlainDualEncoder(nn.Module):
         self.vision = nn.Sequential(
             *(PlainBlock(vision, False) for _ in range(vision.layers)), nn.LayerNorm(vision.width)
         )
-        vocabulary = -(-text.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-        self.tokens = nn.Embedding(vocabulary, text.width)
+        self.tokens = nn.Embedding(text.token_rows, text.width)
         self.positions = nn.Parameter(torch.empty(text.context, text.width))
         self.text = nn.Sequential(*(PlainBlock(text, True) for _ in range(text.layers)), nn.LayerNorm(text.width))
         self.vision_projection = nn.Linear(vision.width, config.embed_dim, bias=False)
@@ -78,7 +78,7 @@ class PlainDualEncoder(nn.Module):
     def from_weft(cls, model: DualEncoder, config: Model) -> PlainDualEncoder:
         """The twin with the parameters of `model`."""
         plain = cls(config)
-        theirs = dict(model.named_parameters())
+        theirs = dict(parameters_by_name(model))
         for name, parameter in plain.named_parameters():
             parameter.copy_(_of_weft(name, theirs, config))
         return plain
@@ -105,15 +105,17 @@ def _of_weft(name: str, theirs: dict[str, nn.Parameter], config: Model) -> torch
     """The parameter of ours that has this name in the twin."""
     top = {
         "log_scale": "logit_scale.log",
-        "patches.weight": "vision.patches.weight",
-        "patches.bias": "vision.patches.bias",
+        "patches.weight": "vision.patches.linear.weight",
+        "patches.bias": "vision.patches.linear.bias",
         "tokens.weight": "text.tokens.weight",
         "positions": "text.positions",
     }
     if name == "log_scale":
         return theirs[top[name]][0]
-    if name in top or name.endswith("_projection.weight"):
-        return theirs[top.get(name, name)]
+    if name.endswith("_projection.weight"):
+        return theirs[name.replace("_projection", ".projection")]
+    if name in top:
+        return theirs[top[name]]
     tower_name, number, *rest = name.split(".")
     tower: Tower = config.vision if tower_name == "vision" else config.text
     if int(number) == tower.layers:

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from data_pipeline import Dataset, open_dataset
+from data_pipeline import Dataset, Joined, open_dataset
 from pretrain.checkpoint.format import Checkpoint
 from pretrain.config import Recipe
 from pretrain.errors import RequestError
 from pretrain.parallel.layout import Layout, lay_out
 from pretrain.run_folder import checkpoint_to_resume
+from pretrain.sources import cache_of, open_training_data, reading_order
 
 
-def check(recipe: Recipe, world: int) -> tuple[Layout, Dataset, Dataset | None, Checkpoint | None]:
+def check(recipe: Recipe, world: int) -> tuple[Layout, Dataset | Joined, Dataset | None, Checkpoint | None]:
     """The layout on `world` ranks, the data to train and test on, and the checkpoint to resume, all found to be good.
 
     Raises RequestError for what the recipe says wrong, FileNotFoundError and DataError for its data.
     """
     layout = lay_out(recipe, world)
-    dataset = open_dataset(recipe.data.train)
+    dataset = open_training_data(recipe)
+    reading_order(recipe, dataset)
     if recipe.train.global_batch > len(dataset):
         raise RequestError(
             f"train.global_batch is {recipe.train.global_batch}, "
-            f"but {recipe.data.train} has only {len(dataset)} samples: use a smaller batch, or more data"
+            f"but {dataset.folder} has only {len(dataset)} samples: use a smaller batch, or more data"
         )
-    test = open_dataset(recipe.data.test) if recipe.data.test else None
+    test = open_dataset(recipe.data.test, cache_of(recipe)) if recipe.data.test else None
     if recipe.data.tokenizer and not recipe.data.tokenizer.is_file():
         raise RequestError(f"data.tokenizer is {recipe.data.tokenizer}, and there is no such file")
     return layout, dataset, test, checkpoint_to_resume(recipe, dataset.fingerprint)

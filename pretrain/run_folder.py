@@ -13,15 +13,16 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.index import written_whole
-from pretrain.checkpoint.format import LATEST, Checkpoint, complete_steps, describe
+from pretrain.checkpoint.format import Checkpoint, describe, description_problem, newest_first
 from pretrain.config import Recipe, load_recipe, recipe_of
-from pretrain.errors import RequestError
+from pretrain.errors import RequestError, WeftError
 from pretrain.parallel.layout import Layout
 
 # What may change between the start of a run and its end without making it another run
@@ -30,7 +31,12 @@ FREE = (
     "run.device",
     "data.train",
     "data.test",
+    "data.ahead_gib",
+    "data.cache",
+    "data.cache_gib",
     "data.loader",
+    "data.most_workers",
+    "data.ray",
     "data.workers",
     "data.tokenizer",
     "data.max_corrupt",
@@ -38,6 +44,8 @@ FREE = (
     "train.micro_batch",
     "train.resume",
     "train.log_every",
+    "train.watchdog",
+    "kernels.",
     "layout.",
     "checkpoint.",
     "eval.",
@@ -45,17 +53,51 @@ FREE = (
 
 
 def checkpoint_to_resume(recipe: Recipe, data_fingerprint: str) -> Checkpoint | None:
-    """Where to go on, None to begin. RequestError when the folder holds a run of another recipe or other data."""
+    """Where to go on, None to begin; tensors are not read yet, see `pretrain.checkpoint.load.whole_checkpoint`.
+
+    Raises RequestError when the folder holds a run of another recipe or other data, WeftError when no checkpoint in it
+    can be read.
+    """
+    damage: WeftError | None = None
+    for found in checkpoints_to_resume(recipe, data_fingerprint):
+        if isinstance(found, Checkpoint):
+            return found
+        damage = damage or found
+    if damage:
+        raise damage
+    return None
+
+
+def checkpoints_to_resume(recipe: Recipe, data_fingerprint: str) -> Iterator[Checkpoint | WeftError]:
+    """The checkpoints of a run, newest first, or what is wrong with a `checkpoint.json`."""
     run = recipe.run.dir
     if run.exists() and not run.is_dir():
         raise RequestError(f"run.dir is {run}, which is a file: give the name of a folder")
-    if not (run / "checkpoints" / LATEST).exists() and not complete_steps(run / "checkpoints"):
-        return None
-    if recipe.train.resume == "never":
+    paths = newest_first(run)
+    if paths and recipe.train.resume == "never":
         raise RequestError(
             f"train.resume=never, but {run} holds a run with checkpoints: give another run.dir, or remove the folder"
         )
-    checkpoint = describe(run)
+    for path in paths:
+        changed = None
+        try:
+            checkpoint = describe(path)
+            if not checkpoint.description_is_whole:
+                changed = WeftError(description_problem(checkpoint))
+            _refuse_another_run(checkpoint, recipe, data_fingerprint)
+        except RequestError as error:
+            if changed is None:
+                raise
+            yield changed if path != paths[-1] else error
+        except WeftError as error:
+            yield error
+        else:
+            # without an older one to go on from, whoever loads it says what does not fit
+            yield changed if changed and path != paths[-1] else checkpoint
+
+
+def _refuse_another_run(checkpoint: Checkpoint, recipe: Recipe, data_fingerprint: str) -> None:
+    run = recipe.run.dir
     # through the model of a recipe, so that keys which are newer than the checkpoint stand there with their defaults
     theirs = _flat(recipe_of(checkpoint.recipe, str(checkpoint.path)).model_dump(mode="json"))
     mine = _flat(recipe.model_dump(mode="json"))
@@ -69,7 +111,6 @@ def checkpoint_to_resume(recipe: Recipe, data_fingerprint: str) -> Checkpoint | 
         raise RequestError(
             f"{run} was trained on other data than {recipe.data.train} now holds: give another run.dir, or that data"
         )
-    return checkpoint
 
 
 def begin(recipe: Recipe, layout: Layout, data_fingerprint: str, resumed_step: int) -> None:
@@ -102,7 +143,17 @@ def begin(recipe: Recipe, layout: Layout, data_fingerprint: str, resumed_step: i
 def versions() -> dict[str, str]:
     """The versions of weft and of the libraries that numbers depend on."""
     found = {}
-    for name in ("weft", "torch", "deepspeed", "megatron-core", "webdataset", "tokenizers", "numpy", "simplejpeg"):
+    for name in (
+        "weft",
+        "torch",
+        "triton",
+        "deepspeed",
+        "megatron-core",
+        "webdataset",
+        "tokenizers",
+        "numpy",
+        "simplejpeg",
+    ):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

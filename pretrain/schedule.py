@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 
-from pretrain.config import Train
+from pretrain.sections import Train
 
 
 def learning_rate(train: Train, step: int) -> float:

@@ -8,44 +8,38 @@ why resuming needs weights, moments and one integer.
 from __future__ import annotations
 
 import json
-import math
+import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
-from pathlib import Path
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch.distributed as dist
 
-from data_pipeline import (
-    BatchMaker,
-    DataError,
-    Dataset,
-    ImageTransform,
-    Loader,
-    Order,
-    TextTransform,
-    Tokenizer,
-)
+import kernels
+from data_pipeline import DataError, Dataset, Joined, Tokenizer
 from data_pipeline.index import written_whole
 from pretrain import run_folder
 from pretrain.checkpoint.format import Checkpoint, step_folder
-from pretrain.checkpoint.load import restore_checkpoint
-from pretrain.checkpoint.save import save_checkpoint
+from pretrain.checkpoint.load import restore_checkpoint, whole_checkpoint
+from pretrain.checkpoint.save import Saver
 from pretrain.config import Recipe
 from pretrain.errors import RequestError, WeftError
 from pretrain.evaluation.evaluate import evaluate, summary
 from pretrain.flops import peak_tflops, training_flops_per_sample
-from pretrain.metrics import EXAMPLES, Clock, ProgressLine, RunLog, duration, peak_memory_gib
-from pretrain.models.dual import DTYPES, DualEncoder
-from pretrain.models.initialise import initialise
-from pretrain.parallel.engine import Engine, Stepped
+from pretrain.guard import Guard
+from pretrain.ingest import ingest
+from pretrain.metrics import EXAMPLES, Clock, ProgressLine, RunLog, WaitHint, duration, peak_memory_gib
+from pretrain.parallel.build import build_model
+from pretrain.parallel.engine import Engine
 from pretrain.parallel.groups import Ranks, pick_device, start_ranks, stop_ranks, world_size
 from pretrain.parallel.layout import Layout
 from pretrain.preflight import check
 from pretrain.quarantine import Quarantine
 from pretrain.schedule import learning_rate
+from pretrain.sources import reading_order, samples_read
+from pretrain.watchdog import Watchdog, collective_timeout
 
 CAPTIONS_FOR_TOKENIZER = 200_000
 
@@ -53,21 +47,28 @@ CAPTIONS_FOR_TOKENIZER = 200_000
 def train(recipe: Recipe, command: str) -> int:
     """Train, evaluate and save as the recipe says; returns the exit code. `command` is what resumes the run."""
     layout, dataset, test, checkpoint = check(recipe, world_size())
-    ranks = start_ranks(layout, pick_device(recipe.run.device))
-    try:
-        return _train(recipe, command, layout, dataset, test, checkpoint, ranks)
-    finally:
+    limit = recipe.train.watchdog
+    ranks = start_ranks(layout, pick_device(recipe.run.device), collective_timeout(limit))
+    with Watchdog(recipe.run.dir, ranks, checkpoint.step if checkpoint else 0, limit) as watchdog:
+        try:
+            code = _train(recipe, command, layout, dataset, test, checkpoint, ranks, watchdog)
+        except BaseException:
+            with suppress(ValueError, RuntimeError):  # groups with a rank that is gone: that error is the one to tell
+                stop_ranks(ranks)
+            raise
         stop_ranks(ranks)
+        return code
 
 
 def _train(
     recipe: Recipe,
     command: str,
     layout: Layout,
-    dataset: Dataset,
+    dataset: Dataset | Joined,
     test: Dataset | None,
     checkpoint: Checkpoint | None,
     ranks: Ranks,
+    watchdog: Watchdog,
 ) -> int:
     run, settings = recipe.run.dir, recipe.train
     start = checkpoint.step if checkpoint else 0
@@ -77,64 +78,63 @@ def _train(
         if ranks.is_first:
             line.say(f"{run} is trained to step {start} of {settings.steps}: nothing to do")
         return 0
+    if checkpoint:
+        candidates = run_folder.checkpoints_to_resume(recipe, dataset.fingerprint)
+        checkpoint = whole_checkpoint(candidates, ranks, line.say)
+        start = checkpoint.step if checkpoint else 0
     if ranks.is_first:
         run_folder.begin(recipe, layout, dataset.fingerprint, start)
     tokenizer = _tokenizer(recipe, dataset, checkpoint, ranks)
 
-    model = DualEncoder(recipe.model, tp=layout.tp, dtype=DTYPES[settings.precision])
-    initialise(model, recipe.run.seed, tp_rank=ranks.tp_rank, tp_size=ranks.tp_size)
+    model = build_model(recipe, layout, ranks)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    engine = Engine(model.to(ranks.device), recipe, layout, ranks)
+    engine = Engine(model, recipe, layout, ranks)
     if checkpoint:
         restore_checkpoint(engine, checkpoint)
-    order = Order(len(dataset), recipe.run.seed)
-    maker = BatchMaker(
-        dataset,
-        ImageTransform(recipe.model.vision.image_size, recipe.data.crop_scale, recipe.data.flip),
-        TextTransform(tokenizer, recipe.model.text.context),
-        recipe.run.seed,
-        training=True,
-    )
-    loader = Loader(
-        maker,
-        order,
-        global_batch=settings.global_batch,
-        rank=ranks.dp_rank,
-        world=ranks.dp_size,
-        workers=recipe.data.workers,
-        start_step=start,
-        stop_step=stop,
-        pin=ranks.device.type == "cuda",
-    )
     flops = training_flops_per_sample(recipe.model)
     if ranks.is_first:
         line.say(
-            f"{run}: {parameters / 1e6:.2f} M parameters{' a rank' if layout.tp > 1 else ''}, "
+            f"{run}: {parameters / 1e6:.2f} M parameters{' a rank' if layout.tp * layout.pp > 1 else ''}, "
             f"{flops / 1e9:.3f} GFLOP a sample; {layout}; {len(dataset)} samples, "
             f"{settings.steps * settings.global_batch / len(dataset):.1f} epochs"
             + (f"; going on from step {start}" if start else "")
         )
 
+    order = reading_order(recipe, dataset)
     quarantine = Quarantine(recipe, start, ranks)
+    waiting_hint = WaitHint(recipe.data.loader, recipe.data.workers, layout.world, os.cpu_count() or 1)
+    guard = Guard(settings, run, checkpoint.guard if checkpoint else None)
     with ExitStack() as stack:
+        stack.callback(engine.close)
         log = stack.enter_context(RunLog(run, start)) if ranks.is_first else None
+        batches = stack.enter_context(ingest(recipe, dataset, order, tokenizer, ranks, start, stop))
         stop_signal = stack.enter_context(_stop_on_signal())
         clock = Clock()
-        batches = stack.enter_context(closing(iter(loader)))
+        saver = stack.enter_context(Saver(engine, run, recipe, tokenizer, dataset.fingerprint))
         for step in range(start, stop):
+            watchdog.phase("data", step + 1)
             asked = time.perf_counter()
             batch = next(batches)
             clock.waited(time.perf_counter() - asked)
             lr = learning_rate(settings, step)
-            stepped = engine.step(batch.to(ranks.device), lr)
+            watchdog.phase("forward and backward", step + 1)
+            stepped = engine.step(batch.to(ranks.device), lr, guard.loss_limit)
             done = step + 1
-            _refuse_non_finite(stepped, done, run)
-            # who is told to stop at the last step is done anyway
-            stopping = quarantine.agree(batch.corrupt, bool(stop_signal)) and done < stop
+            try:
+                guard.judge(stepped, done)
+                watchdog.phase("agree", done)
+                # who is told to stop at the last step is done anyway
+                stopping = quarantine.agree(batch.corrupt, bool(stop_signal)) and done < stop
+            except WeftError:
+                saver.finish()  # every rank is here: what is being saved will be there to go on from
+                raise
             last = done == stop or stopping
+            if done == start + 1 and ranks.is_first:
+                line.say("kernels: " + "; ".join(kernels.why().splitlines()))
             if last:
                 batches.close()  # no worker is left to fail while a job that is being ended saves
 
+            watchdog.phase("log", done)
             if log and (done % settings.log_every == 0 or done == start + 1 or last):
                 seconds, waiting = clock.lap()
                 speed = settings.global_batch / seconds
@@ -144,10 +144,12 @@ def _train(
                     "step": done,
                     "epoch": round(done * settings.global_batch / len(dataset), 4),
                     "samples": done * settings.global_batch,
+                    **samples_read(recipe, order, done * settings.global_batch),
                     "loss": stepped.loss,
                     **{f"loss_{name}": value for name, value in stepped.losses.items()},
                     "grad_norm": stepped.grad_norm,
                     "lr": lr,
+                    "skipped": guard.skipped,
                     "logit_scale": stepped.logit_scale,
                     "samples_per_s": round(speed, 2),
                     "tflops": tflops,
@@ -158,30 +160,38 @@ def _train(
                 }
                 log.step(metrics)
                 line.show(metrics)
+                if hint := waiting_hint.look(waiting):
+                    line.say(hint)
 
             paused = time.perf_counter()
             every = recipe.eval.every
             if test is not None and not stopping and (done == stop or (every and done % every == 0)):
-                evaluation = evaluate(engine.model, test, tokenizer, recipe.model, recipe.eval, ranks)
+                watchdog.phase("evaluate", done)
+                evaluation = evaluate(engine, test, tokenizer, recipe.model, recipe.eval, ranks)
                 if log:
                     log.evaluation({"step": done, "samples": done * settings.global_batch, **evaluation.scores})
                     with written_whole(run / EXAMPLES) as unfinished:
                         unfinished.write_text(json.dumps(evaluation.examples) + "\n", encoding="utf-8")
                     line.say(f"step {done}: " + summary(evaluation.scores))
+            watchdog.phase("save", done)
             if last or done % recipe.checkpoint.every == 0:
-                save_checkpoint(engine, run, recipe, tokenizer, step=done, data_fingerprint=dataset.fingerprint)
+                saver.save(done, guard.memory())
+            if last:
+                saver.finish()
+            saver.poll()
             clock.pause(time.perf_counter() - paused)
 
             if stopping:
                 if ranks.is_first:
                     line.say(f"stopped at step {done} and saved to {step_folder(run, done)}; to go on: {command}")
                 return 128 + (stop_signal[0] if stop_signal else signal.SIGTERM)
+        watchdog.phase("finish", stop)
     if ranks.is_first:
         line.say(f"trained to step {stop} in {duration(time.perf_counter() - clock.began)}: {step_folder(run, stop)}")
     return 0
 
 
-def _tokenizer(recipe: Recipe, dataset: Dataset, checkpoint: Checkpoint | None, ranks: Ranks) -> Tokenizer:
+def _tokenizer(recipe: Recipe, dataset: Dataset | Joined, checkpoint: Checkpoint | None, ranks: Ranks) -> Tokenizer:
     """The checkpoint's, the one the recipe names, or one trained now on the data's captions; saved with the run."""
     path = recipe.run.dir / "tokenizer.json"
     if checkpoint:
@@ -211,7 +221,7 @@ def _tokenizer(recipe: Recipe, dataset: Dataset, checkpoint: Checkpoint | None, 
     return tokenizer
 
 
-def _captions(dataset: Dataset) -> list[str]:
+def _captions(dataset: Dataset | Joined) -> list[str]:
     """The captions of at most CAPTIONS_FOR_TOKENIZER samples, evenly spread; unreadable ones left out."""
     every = -(-len(dataset) // CAPTIONS_FOR_TOKENIZER)
     captions: list[str] = []
@@ -221,15 +231,6 @@ def _captions(dataset: Dataset) -> list[str]:
         except DataError:
             continue  # named when training meets it
     return captions
-
-
-def _refuse_non_finite(stepped: Stepped, step: int, run: Path) -> None:
-    """Every rank sees the same loss and norm, so all stop together."""
-    if not (math.isfinite(stepped.loss) and math.isfinite(stepped.grad_norm)):
-        raise WeftError(
-            f"step {step}: loss {stepped.loss}, gradient norm {stepped.grad_norm}; "
-            f"lower train.lr, or raise train.warmup, and go on from the last checkpoint in {run / 'checkpoints'}"
-        )
 
 
 @contextmanager

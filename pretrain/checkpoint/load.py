@@ -2,59 +2,159 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 
 from data_pipeline import Tokenizer
-from pretrain.checkpoint.format import Checkpoint, describe, verify
-from pretrain.checkpoint.state import PARTS, restore_state, whole_shape
+from pretrain.checkpoint.format import (
+    PARTS,
+    TOKENIZER,
+    Checkpoint,
+    describe,
+    description_problem,
+    file_problem,
+    verify,
+)
+from pretrain.checkpoint.state import (
+    Run,
+    make_moments,
+    model_weight_run,
+    own_run,
+    set_model_weight,
+    set_own_numbers,
+    whole_shape,
+)
 from pretrain.config import Recipe, recipe_of
 from pretrain.errors import RequestError, WeftError
+from pretrain.models.captioner import Captioner
 from pretrain.models.dual import DualEncoder
+from pretrain.models.initialise import sharded_axis
+from pretrain.models.pieces import parameters_by_name
+from pretrain.parallel.build import MODELS
 from pretrain.parallel.engine import Engine
-from pretrain.parallel.groups import start_alone
+from pretrain.parallel.groups import Ranks, start_alone
+
+
+def whole_checkpoint(
+    candidates: Iterable[Checkpoint | WeftError], ranks: Ranks, say: Callable[[str], None]
+) -> Checkpoint | None:
+    """The first of `candidates` whose every byte is as it was written; every rank calls this, each reads a share.
+
+    `say` is told on the first rank which ones are damaged, if another is used instead of them. None when there are no
+    candidates at all; WeftError when all are damaged.
+    """
+    damage: list[str] = []
+    for found in candidates:
+        problems = [str(found)] if isinstance(found, WeftError) else _file_problems(found, ranks)
+        if not problems and isinstance(found, Checkpoint):
+            if damage and ranks.is_first:
+                say(f"{'; '.join(damage)}; going on from step {found.step} instead, {found.path}")
+            return found
+        damage += problems
+    if damage:
+        raise WeftError("; ".join(damage))
+    return None
+
+
+def _file_problems(checkpoint: Checkpoint, ranks: Ranks) -> list[str]:
+    """What is wrong with the files beside `checkpoint.json`, the same on every rank."""
+    names = sorted(checkpoint.files)[ranks.rank :: ranks.world]
+    found = _of_all([problem for name in names if (problem := file_problem(checkpoint, name))], ranks)
+    return [problem for problems in found for problem in problems]
 
 
 def restore_checkpoint(engine: Engine, checkpoint: Checkpoint) -> None:
     """Put the weights and moments of a checkpoint into an engine of the same model, whatever its layout.
 
-    Raises RequestError for a checkpoint of another model, WeftError for one whose bytes are damaged.
+    Each rank reads only what it keeps. That the files are whole is `whole_checkpoint`'s to find out, before.
+    Raises RequestError for a checkpoint of another model, WeftError for a changed `checkpoint.json`, on every rank.
     """
-    _check_whole(checkpoint)
-    mine = {name: whole_shape(each, engine.ranks.tp_size) for name, each in engine.named_parameters()}
-    _check_same_model(mine, checkpoint)
-    with ExitStack() as stack:
-        files = {
-            part: stack.enter_context(safe_open(checkpoint.path / f"{part}.safetensors", framework="pt"))
-            for part in PARTS
-        }
-        restore_state(engine, lambda part, name: files[part].get_tensor(name), checkpoint.step)
+    mine = {name: list(whole_shape(each, engine.ranks.tp_size)) for name, each in engine.named_parameters()}
+    _check_same_model({name: shape for each in _of_all(mine, engine.ranks) for name, shape in each.items()}, checkpoint)
+    if not checkpoint.description_is_whole:
+        raise WeftError(description_problem(checkpoint))
+    make_moments(engine, checkpoint.updates)
+    with _Reader(checkpoint, engine.ranks) as reader:
+        for name, parameter in engine.named_parameters():
+            axis, run = sharded_axis(parameter), own_run(engine, parameter)
+            for part in PARTS if parameter.requires_grad else PARTS[:1]:
+                set_own_numbers(engine, parameter, part, reader.read(part, name, axis, run))
+            set_model_weight(engine, parameter, reader.read("weight", name, axis, model_weight_run(engine, parameter)))
 
 
-def load_model(path: str | Path, device: str = "cpu") -> tuple[DualEncoder, Tokenizer, Recipe]:
+def _of_all(mine: Any, ranks: Ranks) -> list[Any]:
+    everyone = [mine] * ranks.world
+    if ranks.world > 1:
+        dist.all_gather_object(everyone, mine, group=ranks.control_group)
+    return everyone
+
+
+def load_model(path: str | Path, device: str = "cpu") -> tuple[DualEncoder | Captioner, Tokenizer, Recipe]:
     """The model of a checkpoint (or of a run's newest one) in fp32 on one device, its tokenizer and its recipe.
 
     Raises RequestError when there is no checkpoint at `path`, WeftError when its bytes are damaged.
     """
     checkpoint = describe(path)
-    _check_whole(checkpoint)
-    recipe = recipe_of(checkpoint.recipe, str(checkpoint.path))
-    start_alone(torch.device(device))
-    model = DualEncoder(recipe.model)
-    _check_same_model({name: list(each.shape) for name, each in model.named_parameters()}, checkpoint)
-    with safe_open(checkpoint.path / "weight.safetensors", framework="pt") as file, torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(file.get_tensor(name))
-    return model.to(device).eval(), Tokenizer.load(checkpoint.path / "tokenizer.json"), recipe
-
-
-def _check_whole(checkpoint: Checkpoint) -> None:
     problems = verify(checkpoint)
     if problems:
         raise WeftError("; ".join(problems))
+    recipe = recipe_of(checkpoint.recipe, str(checkpoint.path))
+    ranks = start_alone(torch.device(device))
+    model = MODELS[recipe.model.kind](recipe.model)
+    _check_same_model({name: list(each.shape) for name, each in parameters_by_name(model)}, checkpoint)
+    with _Reader(checkpoint, ranks) as reader, torch.no_grad():
+        for name, parameter in parameters_by_name(model):
+            numbers = reader.read("weight", name, None, Run(0, parameter.numel()))
+            parameter.copy_(numbers.view(parameter.shape))
+    return model.to(device).eval(), Tokenizer.load(checkpoint.path / TOKENIZER), recipe
+
+
+class _Reader:
+    """Reads runs of numbers of this rank's tensor parallel pieces, and nothing beside them but the rest of a row."""
+
+    def __init__(self, checkpoint: Checkpoint, ranks: Ranks) -> None:
+        self._checkpoint, self._ranks = checkpoint, ranks
+        self._open = ExitStack()
+        self._files: dict[str, Any] = {}
+
+    def read(self, part: str, name: str, axis: int | None, run: Run) -> torch.Tensor:
+        """Numbers of the flat piece along `axis` (None: of the whole tensor), on CPU; zeros where nothing was kept."""
+        file = self._checkpoint.tensors[part].get(name)
+        if file is None or run.numel == 0:  # what was frozen has no moments
+            return torch.zeros(run.numel)
+        tensor = self._file(file).get_slice(name)
+        shape = tensor.get_shape()
+        if not shape:
+            whole: torch.Tensor = self._file(file).get_tensor(name)
+            return whole.flatten()
+        ranges = [slice(0, side) for side in shape]
+        if axis is not None:
+            side = shape[axis] // self._ranks.tp_size
+            ranges[axis] = slice(side * self._ranks.tp_rank, side * (self._ranks.tp_rank + 1))
+        row = math.prod(each.stop - each.start for each in ranges[1:])
+        first, last = run.start // row, -(-(run.start + run.numel) // row)
+        rows = slice(ranges[0].start + first, ranges[0].start + last)
+        found: torch.Tensor = tensor[(rows, *ranges[1:])]
+        return found.flatten()[run.start - first * row :][: run.numel]
+
+    def _file(self, name: str) -> Any:
+        if name not in self._files:
+            opened = safe_open(self._checkpoint.path / name, framework="pt")
+            self._files[name] = self._open.enter_context(opened)
+        return self._files[name]
+
+    def __enter__(self) -> _Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
 
 
 def _check_same_model(mine: dict[str, list[int]], checkpoint: Checkpoint) -> None:

@@ -1,112 +1,134 @@
-"""The state of an engine as whole fp32 tensors by parameter name, whatever the layout; and back again.
+"""This rank's own numbers of each parameter, wherever DeepSpeed and Megatron-core have put them.
 
-A parameter's state is its master weight and Adam's two moments. DeepSpeed holds them in flat partitions over the data
-parallel ranks, Megatron-core cuts them over the tensor parallel ones; both are undone here, so a checkpoint knows
-nothing of either. Every rank calls these functions together.
+A parameter's state is its fp32 master weight and Adam's two moments. Tensor parallel ranks each hold a piece of the
+whole tensor (cut along one axis); of a piece that is made flat, each rank that ZeRO partitions over holds a run of
+numbers, its fragment. Nothing here speaks to other ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 
+from pretrain.checkpoint.format import MOMENTS
 from pretrain.models.initialise import sharded_axis
 from pretrain.parallel.engine import Engine
-
-MOMENTS = ("exp_avg", "exp_avg_sq")  # torch.optim.AdamW's names
-PARTS = ("weight", *MOMENTS)
 
 # where DeepSpeed's optimizers keep this rank's flat fp32 partitions: ZeRO-1 and 2, bf16 ZeRO-1, ZeRO-3
 _PARTITIONS = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat")
 
 
-def gather_state(engine: Engine) -> Iterator[tuple[str, str, torch.Tensor]]:
-    """(part, parameter name, whole fp32 tensor on CPU) for each of PARTS of each parameter, after at least one step."""
-    _link_moments(engine)
-    for name, parameter in engine.named_parameters():
-        for part in PARTS:
-            piece = _get(engine, parameter, part)
-            yield part, name, _join(piece, parameter, engine).to("cpu", torch.float32)
+@dataclass(frozen=True)
+class Run:
+    """Numbers [start, start + numel) of a flat tensor parallel piece; numel is 0 where this rank has none of it."""
+
+    start: int
+    numel: int
 
 
-def restore_state(engine: Engine, read: Callable[[str, str], torch.Tensor], step: int) -> None:
-    """Fill the engine with read(part, name) for every parameter; `step` is how often Adam has stepped."""
-    _make_moments(engine, step)
-    for name, parameter in engine.named_parameters():
-        for part in PARTS:
-            whole = read(part, name).to(engine.ranks.device)
-            axis = sharded_axis(parameter)
-            piece = whole if axis is None else whole.chunk(engine.ranks.tp_size, dim=axis)[engine.ranks.tp_rank]
-            _set(engine, parameter, part, piece.contiguous())
-
-
-def whole_shape(parameter: torch.nn.Parameter, tp_size: int) -> list[int]:
+def whole_shape(parameter: torch.nn.Parameter, tp_size: int) -> tuple[int, ...]:
     """The shape a parameter has without tensor parallelism and ZeRO-3."""
     shape = list(getattr(parameter, "ds_shape", parameter.shape))
     if (axis := sharded_axis(parameter)) is not None:
         shape[axis] *= tp_size
-    return shape
+    return tuple(shape)
 
 
-def _join(piece: torch.Tensor, parameter: torch.nn.Parameter, engine: Engine) -> torch.Tensor:
-    axis = sharded_axis(parameter)
-    if axis is None or engine.ranks.tp_size == 1:
-        return piece
-    pieces = [torch.empty_like(piece) for _ in range(engine.ranks.tp_size)]
-    dist.all_gather(pieces, piece.contiguous(), group=engine.ranks.tp_group)
-    return torch.cat(pieces, dim=axis)
+def own_run(engine: Engine, parameter: torch.nn.Parameter) -> Run:
+    """Which numbers of its tensor parallel piece this rank keeps for ZeRO; all of them where nothing is partitioned."""
+    if engine.layout.zero == 3:
+        size, numel = parameter.ds_tensor.numel(), _piece_numel(parameter)  # type: ignore[attr-defined]  # ZeRO-3's
+        start = min(size * engine.ranks.zero_rank, numel)
+        return Run(start, min(size, numel - start))  # the last partition is padded
+    if engine.layout.zero == 0 or not parameter.requires_grad:
+        return Run(0, parameter.numel())
+    mapping = parameter._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed's
+    return Run(mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel) if mapping else Run(0, 0)
 
 
-def _get(engine: Engine, parameter: torch.nn.Parameter, part: str) -> torch.Tensor:
-    """This rank's tensor parallel piece, whole over the data parallel ranks."""
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
+def own_numbers(engine: Engine, parameter: torch.nn.Parameter, part: str) -> torch.Tensor:
+    """The numbers of `own_run` of a weight or a moment, flat, in fp32 unless the parameter is frozen."""
+    if engine.layout.zero == 3:
+        return _partition(engine, parameter, part).flatten()[: own_run(engine, parameter).numel]
+    if part == "weight" and (engine.layout.zero == 0 or not parameter.requires_grad):
+        return parameter.detach().flatten()
     if engine.layout.zero == 0:
-        return parameter.detach() if part == "weight" else engine.optimizer.state[parameter][part]
-    if part == "weight":
-        return safe_get_full_fp32_param(parameter).detach()
-    return safe_get_full_optimizer_state(parameter, part).detach()
+        moment: torch.Tensor = engine.optimizer.state[parameter][part]
+        return moment.flatten()
+    mapping = parameter._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed's
+    if mapping is None:
+        return torch.empty(0, device=engine.ranks.device)
+    kept: torch.Tensor = mapping.get_hp_fragment(None if part == "weight" else part)
+    return kept.detach()
 
 
 @torch.no_grad()
-def _set(engine: Engine, parameter: torch.nn.Parameter, part: str, piece: torch.Tensor) -> None:
-    """Write this rank's tensor parallel piece, of which ZeRO keeps what is this rank's."""
-    if engine.layout.zero == 0:
-        (parameter if part == "weight" else engine.optimizer.state[parameter][part]).copy_(piece)
-    elif engine.layout.zero == 3:
-        _set_partition(engine, parameter, part, piece)
-    elif part == "weight":
-        from deepspeed.utils import safe_set_full_fp32_param
-
-        safe_set_full_fp32_param(parameter, piece)
-        parameter.copy_(piece)  # the model's own copy, in its precision
-    else:
-        from deepspeed.utils import safe_set_full_optimizer_state
-
-        safe_set_full_optimizer_state(parameter, piece, part)
-
-
-def _set_partition(engine: Engine, parameter: torch.nn.Parameter, part: str, piece: torch.Tensor) -> None:
-    """ZeRO-3: a rank keeps one of dp_size equal runs of the flat tensor, the last one padded.
-
-    Not `safe_set_full_*`: stage3.py:3196 forgets the padding.
-    """
-    import deepspeed
+def set_own_numbers(engine: Engine, parameter: torch.nn.Parameter, part: str, numbers: torch.Tensor) -> None:
+    """Overwrite what `own_numbers` gives. The model's own copy of the weights is `set_model_weight`'s."""
+    if engine.layout.zero < 3 or not parameter.requires_grad:
+        own_numbers(engine, parameter, part).copy_(numbers)
+        return
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
-    size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]  # set by ZeRO-3
-    padded = F.pad(piece.flatten(), (0, size * engine.ranks.dp_size - piece.numel()))
-    own = padded.narrow(0, size * engine.ranks.dp_rank, size)
+    # what DeepSpeed gives for an offloaded optimizer is a copy on the device
+    padded = torch.zeros_like(_partition(engine, parameter, part))
+    padded[: numbers.numel()] = numbers
     if part == "weight":
-        safe_set_local_fp32_param(parameter, own)
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            parameter.copy_(piece)
+        safe_set_local_fp32_param(parameter, padded)
     else:
-        safe_set_local_optimizer_state(parameter, own, part)
+        safe_set_local_optimizer_state(parameter, padded, part)
+
+
+def model_weight_run(engine: Engine, parameter: torch.nn.Parameter) -> Run:
+    """Which numbers of its piece the model's own copy on this rank holds: all, or under ZeRO-3 mostly a partition."""
+    if engine.layout.zero == 3 and not _is_gathered(parameter):
+        return own_run(engine, parameter)
+    return Run(0, _piece_numel(parameter))
+
+
+@torch.no_grad()
+def set_model_weight(engine: Engine, parameter: torch.nn.Parameter, numbers: torch.Tensor) -> None:
+    """Fill the model's own copy, in its precision, with the numbers of `model_weight_run`."""
+    if engine.layout.zero == 3:
+        if _is_gathered(parameter):
+            parameter.copy_(numbers.view(parameter.shape))
+            own = own_run(engine, parameter)
+            numbers = numbers[own.start : own.start + own.numel]
+        parameter.ds_tensor.flatten()[: numbers.numel()].copy_(numbers)  # type: ignore[attr-defined]  # ZeRO-3's
+    else:
+        parameter.copy_(numbers.view(parameter.shape))
+
+
+def make_moments(engine: Engine, updates: int | None = None) -> None:
+    """Give Adam the state that it else makes at its first step, where it has none; `updates`: how often it has stepped.
+
+    Frozen parameters get none.
+    """
+    adam = _adam(engine)
+    for tensor in _stepped_tensors(engine):
+        if not adam.state.get(tensor):
+            adam.state[tensor] = {
+                "step": torch.tensor(0.0),
+                **{moment: torch.zeros_like(tensor, memory_format=torch.preserve_format) for moment in MOMENTS},
+            }
+        if updates is not None:
+            adam.state[tensor]["step"].fill_(float(updates))
+    _link_moments(engine)
+
+
+def count_updates(engine: Engine) -> int:
+    """How often Adam has stepped here; 0 where this rank trains nothing."""
+    return max((int(state["step"]) for state in _adam(engine).state.values()), default=0)
+
+
+def _stepped_tensors(engine: Engine) -> list[Any]:
+    """What torch's Adam steps: parameters, or DeepSpeed's flat partitions of them."""
+    if engine.layout.zero == 0:
+        return [parameter for _, parameter in engine.named_parameters() if parameter.requires_grad]
+    return list(next(getattr(engine.optimizer, name) for name in _PARTITIONS if hasattr(engine.optimizer, name)))
 
 
 def _adam(engine: Engine) -> torch.optim.Optimizer:
@@ -114,23 +136,29 @@ def _adam(engine: Engine) -> torch.optim.Optimizer:
     return adam
 
 
-def _make_moments(engine: Engine, step: int) -> None:
-    """Adam makes its state at the first step; a restored run needs it before."""
-    adam = _adam(engine)
-    if engine.layout.zero == 0:
-        owned: list[Any] = [parameter for _, parameter in engine.named_parameters()]
-    else:
-        owned = next(getattr(engine.optimizer, name) for name in _PARTITIONS if hasattr(engine.optimizer, name))
-    for tensor in owned:
-        adam.state[tensor] = {
-            "step": torch.tensor(float(step)),
-            **{moment: torch.zeros_like(tensor, memory_format=torch.preserve_format) for moment in MOMENTS},
-        }
-    _link_moments(engine)
+def _partition(engine: Engine, parameter: torch.nn.Parameter, part: str) -> torch.Tensor:
+    """ZeRO-3: one of zero_size equal runs of the flat piece, the last one padded."""
+    if not parameter.requires_grad:
+        frozen: torch.Tensor = parameter.ds_tensor  # type: ignore[attr-defined]  # set by ZeRO-3
+        return frozen.detach()
+    from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+    if part == "weight":
+        return safe_get_local_fp32_param(parameter).detach()
+    return safe_get_local_optimizer_state(parameter, part).detach()
+
+
+def _is_gathered(parameter: torch.nn.Parameter) -> bool:
+    """ZeRO-3 leaves small parameters whole between steps."""
+    return parameter.data.numel() == _piece_numel(parameter) > 0
+
+
+def _piece_numel(parameter: torch.nn.Parameter) -> int:
+    return math.prod(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _link_moments(engine: Engine) -> None:
-    """Tie each parameter to its part of Adam's state, for DeepSpeed's `safe_*` functions.
+    """Tie each parameter to its part of Adam's state, which DeepSpeed's own functions and `own_numbers` go by.
 
     stage_1_and_2.py:2987 does this once, after the first group has stepped and before the others have any state.
     """

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import io
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -28,12 +28,12 @@ from data_pipeline import (
     sequential_batches,
 )
 from data_pipeline.tokenizer import BOS, EOS, PAD
-from pretrain.config import Eval, Model
 from pretrain.errors import WeftError
+from pretrain.evaluation.captioning import Reader, captioning_scores
 from pretrain.evaluation.retrieval import nearest, retrieval_scores
 from pretrain.evaluation.zero_shot import zero_shot_scores
-from pretrain.models.dual import DualEncoder
 from pretrain.parallel.groups import Ranks
+from pretrain.sections import Eval, Model
 
 EXAMPLES, SHOWN, THUMBNAIL = 8, 5, 96
 
@@ -46,16 +46,44 @@ class Evaluation:
     examples: list[dict[str, Any]]
 
 
-@torch.no_grad()
+class Encoder(Protocol):
+    """A dual encoder, or an engine around one."""
+
+    def encode_image(self, image: torch.Tensor) -> torch.Tensor:
+        """uint8 [B, 3, size, size] -> fp32 [B, E], unit length."""
+        ...
+
+    def encode_text(self, text: torch.Tensor) -> torch.Tensor:
+        """Token ids [B, S] -> fp32 [B, E], unit length."""
+        ...
+
+
 def evaluate(
-    model: DualEncoder, dataset: Dataset, tokenizer: Tokenizer, model_config: Model, settings: Eval, ranks: Ranks
+    model: Encoder | Reader,
+    dataset: Dataset,
+    tokenizer: Tokenizer,
+    model_config: Model,
+    settings: Eval,
+    ranks: Ranks,
+) -> Evaluation:
+    """What is scored of such a model: retrieval and zero-shot classification, or captioning; the same on every rank.
+
+    Raises WeftError when too few samples can be used.
+    """
+    if model_config.kind == "captioner":
+        scores = captioning_scores(cast(Reader, model), dataset, tokenizer, model_config, settings, ranks)
+        return Evaluation(scores, [])
+    return evaluate_embeddings(cast(Encoder, model), dataset, tokenizer, model_config, settings, ranks)
+
+
+@torch.no_grad()
+def evaluate_embeddings(
+    model: Encoder, dataset: Dataset, tokenizer: Tokenizer, model_config: Model, settings: Eval, ranks: Ranks
 ) -> Evaluation:
     """Retrieval over the first `settings.samples` samples, zero-shot classification over those with a label.
 
-    Every rank calls this and gets the same scores. Raises WeftError when fewer than two samples can be used.
+    Raises WeftError when fewer than two samples can be used.
     """
-    was_training = model.training
-    model.eval()
     text = TextTransform(tokenizer, model_config.text.context)
     maker = BatchMaker(dataset, ImageTransform(model_config.vision.image_size), text, seed=0, training=False)
     image_NE, text_NE, sample_N = _embed_all(model, maker, min(settings.samples, len(dataset)), settings.batch, ranks)
@@ -74,7 +102,6 @@ def evaluate(
 
         names = [str(labels[row]) for row in labelled]
         scores["zero_shot"] = zero_shot_scores(image_NE[labelled], names, settings.templates, embed)
-    model.train(was_training)
     return Evaluation(scores, _examples(dataset, image_NE, text_NE, sample_N, captions))
 
 
@@ -87,13 +114,15 @@ def summary(scores: dict[str, Any]) -> str:
             name = way.replace("_", " ")
             parts.append(f"{name} R@1 {recall['r1']:.1%} R@5 {recall['r5']:.1%} R@10 {recall['r10']:.1%}")
         parts.append(f"among {retrieval['captions']} captions")
+    if captioning := scores.get("captioning"):
+        parts.append(f"caption loss {captioning['loss']:.4f} a token, perplexity {captioning['perplexity']:.1f}")
     if zero_shot := scores.get("zero_shot"):
         parts.append(f"zero-shot top-1 {zero_shot['top1']:.1%} of {zero_shot['classes']} classes")
     return ", ".join(parts)
 
 
 def _embed_all(
-    model: DualEncoder, maker: BatchMaker, samples: int, batch_size: int, ranks: Ranks
+    model: Encoder, maker: BatchMaker, samples: int, batch_size: int, ranks: Ranks
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(image [N, E], text [N, E], sample id [N]) on CPU, by sample id, unusable samples left out."""
     batches = sequential_batches(maker, samples, batch_size, rank=ranks.dp_rank, world=ranks.dp_size)

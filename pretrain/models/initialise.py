@@ -11,22 +11,24 @@ import hashlib
 
 import torch
 
-from pretrain.models.dual import DualEncoder
-from pretrain.models.towers import TextTower, VisionTower
+from pretrain.models.pieces import Chunk, parameters_by_name
 
 RESIDUAL_WRITERS = ("linear_proj.weight", "linear_fc2.weight")
 
 
-def initialise(model: DualEncoder, seed: int, *, tp_rank: int = 0, tp_size: int = 1) -> None:
-    """Fill every parameter of the model in place. The learned scales keep the values they were built with."""
-    for name, parameter in model.named_parameters():
+def initialise(model: torch.nn.Module, seed: int, *, tp_rank: int = 0, tp_size: int = 1) -> None:
+    """Fill every parameter of this rank's chunks in place. The learned scales keep the values they were built with."""
+    layers = {
+        name.split(".")[0]: each.config.num_layers for name, each in model.named_modules() if isinstance(each, Chunk)
+    }
+    for name, parameter in parameters_by_name(model):
         if name.startswith(("logit_scale.", "logit_bias.")):
             continue
         shape = list(parameter.shape)
         axis = sharded_axis(parameter)
         if axis is not None:
             shape[axis] *= tp_size
-        full = _draw(name, shape, seed, layers=len(_tower(model, name).block.layers))
+        full = _draw(name, shape, seed, layers=layers[name.split(".")[0]])
         with torch.no_grad():
             parameter.copy_(full if axis is None else full.chunk(tp_size, dim=axis)[tp_rank])
 
@@ -37,10 +39,6 @@ def sharded_axis(parameter: torch.Tensor) -> int | None:
         return None
     axis: int = parameter.partition_dim  # type: ignore[attr-defined]  # Megatron-core sets both
     return axis
-
-
-def _tower(model: DualEncoder, name: str) -> VisionTower | TextTower:
-    return model.vision if name.startswith("vision") else model.text
 
 
 def _draw(name: str, shape: list[int], seed: int, layers: int) -> torch.Tensor:

@@ -1,11 +1,9 @@
-"""The towers: pixels or tokens in, one vector a sample out.
+"""The towers of a dual encoder: pixels or tokens in, one embedding a sample out.
 
 Axes: B batch, C channels, R and Q patch rows and columns of the grid, P pixels of a patch side, S sequence, D width.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 import torch.nn.functional as F
@@ -13,70 +11,115 @@ from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from data_pipeline.tokenizer import EOS
-from pretrain.config import VOCABULARY_MULTIPLE, Text, Vision
-from pretrain.models.transformer import build_block
+from pretrain.models.pieces import Build, Chunk, Piece
+from pretrain.models.transformer import build_block, cut_sequence, join_sequence
+from pretrain.sections import Text, Vision
 
 
-class VisionTower(torch.nn.Module):
-    """Vision transformer (Dosovitskiy et al. 2021): uint8 picture [B, 3, size, size] -> [B, D]."""
+class VisionTower(Chunk):
+    """Vision transformer (Dosovitskiy et al. 2021): uint8 picture [B, 3, size, size] -> fp32 [B, E] of unit length.
 
-    def __init__(self, config: Vision, *, tp: int, dtype: torch.dtype) -> None:
+    A chunk that is not the first takes hidden states instead of the picture; one that is not the last gives them.
+    """
+
+    def __init__(self, config: Vision, embed_dim: int, piece: Piece, build: Build) -> None:
         super().__init__()
-        self.patch, self.pool = config.patch, config.pool
-        grid = config.image_size // config.patch
-        self.patches = torch.nn.Linear(3 * config.patch**2, config.width, dtype=dtype)
-        self.grid: torch.Tensor
-        self.positions: torch.nn.Parameter | None = None
-        if config.positions == "learned":
-            self.positions = torch.nn.Parameter(torch.empty(grid**2, config.width, dtype=dtype))
-        else:
-            self.register_buffer("grid", sincos_2d(grid, config.width).to(dtype), persistent=False)
-        self.class_token: torch.nn.Parameter | None = None
-        if config.pool == "class":
-            self.class_token = torch.nn.Parameter(torch.empty(config.width, dtype=dtype))
-        self.block = build_block(config, causal=False, tp=tp, dtype=dtype)
+        self.pool, self.piece, self.build = config.pool, piece, build
+        if piece.first:
+            self.patches = Patches(config, build.dtype)
+            self.class_token: torch.nn.Parameter | None = None
+            if config.pool == "class":
+                self.class_token = torch.nn.Parameter(torch.empty(config.width, dtype=build.dtype))
+        self.block = build_block(config, piece, build, causal=False)
+        if piece.last:
+            self.projection = torch.nn.Linear(config.width, embed_dim, bias=False, dtype=build.dtype)
 
     def forward(self, image_BCHW: torch.Tensor) -> torch.Tensor:
-        pixels = image_BCHW.to(self.patches.weight.dtype) / 127.5 - 1
-        hidden_SBD = self.patches(cut_into_patches(pixels, self.patch)).transpose(0, 1)
-        positions = self.grid if self.positions is None else self.positions
-        hidden_SBD = hidden_SBD + positions[:, None]
+        hidden_SBD = self._embed(image_BCHW) if self.piece.first else None
+        hidden_SBD = self.block(hidden_SBD, attention_mask=None)
+        if not self.piece.last:
+            return hidden_SBD
+        hidden_SBD = join_sequence(hidden_SBD, self.build)
+        return normalise(self.projection(hidden_SBD[0] if self.pool == "class" else hidden_SBD.mean(0)))
+
+    def _embed(self, image_BCHW: torch.Tensor) -> torch.Tensor:
+        hidden_SBD = self.patches(image_BCHW)
         if self.class_token is not None:
             first = self.class_token.expand(1, hidden_SBD.shape[1], -1)
             hidden_SBD = torch.cat([first, hidden_SBD])
-        hidden_SBD = self.block(hidden_SBD.contiguous(), attention_mask=None)
-        return hidden_SBD[0] if self.pool == "class" else hidden_SBD.mean(0)
+        return cut_sequence(hidden_SBD, self.build)
 
 
-class TextTower(torch.nn.Module):
-    """Text transformer pooled at the end mark (Radford et al. 2021): tokens [B, S] -> [B, D]."""
+class TextTower(Chunk):
+    """Text transformer pooled at the end mark (Radford et al. 2021): tokens [B, S] -> fp32 [B, E] of unit length."""
 
-    def __init__(self, config: Text, *, tp: int, dtype: torch.dtype) -> None:
+    def __init__(self, config: Text, embed_dim: int, piece: Piece, build: Build) -> None:
         super().__init__()
-        self.causal = config.causal
-        self.tokens = VocabParallelEmbedding(
-            math.ceil(config.vocab_size / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE,
-            config.width,
-            init_method=torch.nn.init.zeros_,
-            config=TransformerConfig(
-                num_layers=1,
-                hidden_size=config.width,
-                num_attention_heads=config.heads,
-                tensor_model_parallel_size=tp,
-                params_dtype=dtype,
-                perform_initialization=False,
-                use_cpu_initialization=True,
-            ),
-        )
-        self.positions = torch.nn.Parameter(torch.empty(config.context, config.width, dtype=dtype))
-        self.block = build_block(config, causal=config.causal, tp=tp, dtype=dtype)
+        self.causal, self.piece, self.build = config.causal, piece, build
+        if piece.first:
+            self.tokens = token_table(config, build)
+            self.positions = torch.nn.Parameter(torch.empty(config.context, config.width, dtype=build.dtype))
+        self.block = build_block(config, piece, build, causal=config.causal)
+        if piece.last:
+            self.projection = torch.nn.Linear(config.width, embed_dim, bias=False, dtype=build.dtype)
 
     def forward(self, text_BS: torch.Tensor) -> torch.Tensor:
-        end_B = (text_BS == EOS).int().argmax(1)
-        hidden_SBD = self.tokens(text_BS).transpose(0, 1) + self.positions[: text_BS.shape[1], None]
+        end_B = end_marks(text_BS)
+        hidden_SBD = None
+        if self.piece.first:
+            hidden_SBD = self.tokens(text_BS).transpose(0, 1) + self.positions[: text_BS.shape[1], None]
+            hidden_SBD = cut_sequence(hidden_SBD, self.build)
         lengths = None if self.causal else end_B + 1  # behind the end mark there is only padding
-        hidden_SBD = self.block(hidden_SBD.contiguous(), attention_mask=lengths)
-        return hidden_SBD[end_B, torch.arange(len(end_B), device=end_B.device)]
+        hidden_SBD = self.block(hidden_SBD, attention_mask=lengths)
+        if not self.piece.last:
+            return hidden_SBD
+        hidden_SBD = join_sequence(hidden_SBD, self.build)
+        return normalise(self.projection(hidden_SBD[end_B, torch.arange(len(end_B), device=end_B.device)]))
+
+
+class Patches(torch.nn.Module):
+    """uint8 picture [B, 3, size, size] -> [S, B, D]: a linear map of each patch, and its position."""
+
+    def __init__(self, config: Vision, dtype: torch.dtype, width: int | None = None) -> None:
+        super().__init__()
+        self.patch, self.side, width = config.patch, config.image_size, width or config.width
+        grid = config.image_size // config.patch
+        self.linear = torch.nn.Linear(3 * config.patch**2, width, dtype=dtype)
+        self.grid: torch.Tensor
+        self.positions: torch.nn.Parameter | None = None
+        if config.positions == "learned":
+            self.positions = torch.nn.Parameter(torch.empty(grid**2, width, dtype=dtype))
+        else:
+            self.register_buffer("grid", sincos_2d(grid, width).to(dtype), persistent=False)
+
+    def forward(self, image_BCHW: torch.Tensor) -> torch.Tensor:
+        pixels = image_BCHW.to(self.linear.weight.dtype) / 127.5 - 1
+        hidden_SBD = self.linear(cut_into_patches(pixels, self.patch)).transpose(0, 1)
+        positions = self.grid if self.positions is None else self.positions
+        return hidden_SBD + positions[:, None]
+
+
+def token_table(config: Text, build: Build) -> VocabParallelEmbedding:
+    """Embeddings of token ids [V, D], V rounded up so that it divides over tensor parallel ranks."""
+    return VocabParallelEmbedding(
+        config.token_rows,
+        config.width,
+        init_method=torch.nn.init.zeros_,
+        config=TransformerConfig(
+            num_layers=1,
+            hidden_size=config.width,
+            num_attention_heads=config.heads,
+            tensor_model_parallel_size=build.tp,
+            params_dtype=build.dtype,
+            perform_initialization=False,
+            use_cpu_initialization=True,
+        ),
+    )
+
+
+def end_marks(text_BS: torch.Tensor) -> torch.Tensor:
+    """Where the end mark of each caption is, [B]."""
+    return (text_BS == EOS).int().argmax(1)
 
 
 def cut_into_patches(pixels_BCHW: torch.Tensor, patch: int) -> torch.Tensor:

@@ -12,8 +12,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -26,28 +33,45 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from kernels.attention import attention
 from kernels.norm import layer_norm
-from pretrain.config import Tower
+from pretrain.models.pieces import Build, Piece
+from pretrain.sections import Tower
 
 
 class Norm(torch.nn.Module):
     """Layer norm over the last axis, through our kernel; built by Megatron-core for every norm of a block."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, backend: str = "auto", **_: object
+    ) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.backend = eps, backend
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         self.bias = torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
+        for parameter in (self.weight, self.bias):  # each tensor parallel rank has seen its piece of the sequence only
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return layer_norm(hidden, self.weight, self.bias, self.eps)
+        return layer_norm(hidden, self.weight, self.bias, self.eps, backend=self.backend)
 
 
 class CoreAttention(torch.nn.Module):
-    """softmax(q k^T / sqrt(K)) v, through our kernel. `attention_mask`: how many keys [B] to look at, or None."""
+    """softmax(q k^T / sqrt(K)) v, through our kernel. `attention_mask`: how many keys [B] to look at, or None.
 
-    def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, **_: object) -> None:
+    Context parallel ranks hold consecutive pieces of the sequence: each gathers the keys and values of all, and with a
+    causal mask looks at those up to the end of its own piece (Llama 3, Dubey et al. 2024, section 3.3.2).
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        backend: str = "auto",
+        **_: object,
+    ) -> None:
         super().__init__()
-        self.causal = attn_mask_type == AttnMaskType.causal
+        self.causal, self.backend = attn_mask_type == AttnMaskType.causal, backend
+        self.context_group = parallel_state.get_context_parallel_group()
 
     def forward(
         self,
@@ -57,8 +81,13 @@ class CoreAttention(torch.nn.Module):
         attention_mask: torch.Tensor | None = None,
         **_: object,
     ) -> torch.Tensor:
+        if self.context_group.size() > 1:
+            seen = len(q_SBHK) * (self.context_group.rank() + 1) if self.causal else None
+            k_SBHK, v_SBHK = (
+                gather_from_sequence_parallel_region(each, group=self.context_group)[:seen] for each in (k_SBHK, v_SBHK)
+            )
         q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBHK, k_SBHK, v_SBHK))
-        out_BHSK = attention(q, k, v, causal=self.causal, key_lengths_B=attention_mask)
+        out_BHSK = attention(q, k, v, causal=self.causal, key_lengths_B=attention_mask, backend=self.backend)
         return out_BHSK.permute(2, 0, 1, 3).flatten(2)
 
 
@@ -80,8 +109,11 @@ class RowLinear(RowParallelLinear):
         return F.linear(input_, self.weight, self.bias), None
 
 
-def build_block(tower: Tower, *, causal: bool, tp: int, dtype: torch.dtype) -> TransformerBlock:
-    """A pre-norm transformer with a final norm: [S, B, D] -> [S, B, D]. Parameters are left for `initialise`."""
+def build_block(tower: Tower, piece: Piece, build: Build, *, causal: bool) -> TransformerBlock:
+    """A chunk of a pre-norm transformer, the last one with its final norm: [S, B, D] -> [S, B, D].
+
+    Parameters are left for `initialise`.
+    """
     config = TransformerConfig(
         num_layers=tower.layers,
         hidden_size=tower.width,
@@ -90,9 +122,20 @@ def build_block(tower: Tower, *, causal: bool, tp: int, dtype: torch.dtype) -> T
         activation_func=F.gelu,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        tensor_model_parallel_size=tp,
-        params_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=build.tp,
+        pipeline_model_parallel_size=build.pp,
+        virtual_pipeline_model_parallel_size=build.vpp if build.vpp > 1 else None,
+        context_parallel_size=build.cp,
+        sequence_parallel=build.sequence_parallel,
+        pipeline_dtype=build.dtype,
+        # with vpp, other settings of these two give wrong gradients without a word
+        overlap_p2p_comm=build.vpp > 1,
+        batch_p2p_comm=build.vpp == 1,
+        recompute_granularity=None if build.recompute == "none" else build.recompute,
+        recompute_method="uniform" if build.recompute == "full" else None,
+        recompute_num_layers=1 if build.recompute == "full" else None,
+        params_dtype=build.dtype,
+        bf16=build.dtype == torch.bfloat16,
         perform_initialization=False,
         use_cpu_initialization=True,
         # these fusions would write `main_grad`, which DeepSpeed does not read, or compile on first use
@@ -102,30 +145,58 @@ def build_block(tower: Tower, *, causal: bool, tp: int, dtype: torch.dtype) -> T
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
     )
+    norm = ModuleSpec(module=Norm, params={"backend": build.kernels.norm})
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=Norm,
+            input_layernorm=norm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.no_mask},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnLinear,
-                    core_attention=CoreAttention,
+                    core_attention=ModuleSpec(module=CoreAttention, params={"backend": build.kernels.attention}),
                     linear_proj=RowLinear,
                     q_layernorm=IdentityOp,
                     k_layernorm=IdentityOp,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=Norm,
+            pre_mlp_layernorm=norm,
             mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)),
             mlp_bda=get_bias_dropout_add,
         ),
     )
     return TransformerBlock(
-        config, TransformerBlockSubmodules(layer_specs=[layer] * tower.layers, layer_norm=Norm), post_layer_norm=True
+        config,
+        TransformerBlockSubmodules(layer_specs=[layer] * (tower.layers // (build.pp * build.vpp)), layer_norm=norm),
+        pre_process=piece.first,
+        post_process=piece.last,
+        vp_stage=piece.chunk if build.vpp > 1 else None,
     )
+
+
+def cut_sequence(hidden_SBD: torch.Tensor, build: Build) -> torch.Tensor:
+    """This rank's piece of the sequence: first over the context parallel ranks, then over the tensor parallel ones."""
+    if build.cp > 1:
+        hidden_SBD = hidden_SBD.chunk(build.cp)[parallel_state.get_context_parallel_rank()]
+    if build.sequence_parallel:
+        hidden_SBD = scatter_to_sequence_parallel_region(hidden_SBD)
+    return hidden_SBD.contiguous()
+
+
+def join_sequence(hidden_SBD: torch.Tensor, build: Build, *, context: bool = True) -> torch.Tensor:
+    """Undo `cut_sequence`, for what needs the whole sequence; context=False joins tensor parallel pieces only.
+
+    The gradient of a context parallel rank's own piece comes out `cp` times as large: it is one of cp shares of a sum
+    that ZeRO will average, while what follows here has its whole gradient on every rank.
+    """
+    if build.sequence_parallel:
+        hidden_SBD = gather_from_sequence_parallel_region(hidden_SBD, tensor_parallel_output_grad=False)
+    if context and build.cp > 1:
+        group = parallel_state.get_context_parallel_group()
+        hidden_SBD = gather_from_sequence_parallel_region(hidden_SBD, group=group)
+    return hidden_SBD
 
 
 def mark_tensor_parallel(model: torch.nn.Module) -> None:

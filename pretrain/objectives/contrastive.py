@@ -13,10 +13,12 @@ import torch
 import torch.distributed as dist
 
 from kernels import contrastive_loss
-from pretrain.config import Objective
+from pretrain.sections import Objective
 
 
-def contrastive(outputs: Mapping[str, torch.Tensor], settings: Objective, group: dist.ProcessGroup) -> torch.Tensor:
+def contrastive(
+    outputs: Mapping[str, torch.Tensor], settings: Objective, group: dist.ProcessGroup, backend: str = "auto"
+) -> torch.Tensor:
     """The loss of "image" and "text" [n, E] with "logit_scale" []; the same scalar on every rank."""
     return contrastive_loss(
         outputs["image"],
@@ -24,4 +26,5 @@ def contrastive(outputs: Mapping[str, torch.Tensor], settings: Objective, group:
         outputs["logit_scale"],
         label_smoothing=settings.label_smoothing,
         group=group,
+        backend=backend,
     )

@@ -13,9 +13,13 @@ import torch
 import torch.distributed as dist
 
 from kernels import sigmoid_loss
-from pretrain.config import Objective
+from pretrain.sections import Objective
 
 
-def sigmoid(outputs: Mapping[str, torch.Tensor], settings: Objective, group: dist.ProcessGroup) -> torch.Tensor:
+def sigmoid(
+    outputs: Mapping[str, torch.Tensor], settings: Objective, group: dist.ProcessGroup, backend: str = "auto"
+) -> torch.Tensor:
     """The loss of "image" and "text" [n, E] with "logit_scale" and "logit_bias" []; the same scalar on every rank."""
-    return sigmoid_loss(outputs["image"], outputs["text"], outputs["logit_scale"], outputs["logit_bias"], group=group)
+    return sigmoid_loss(
+        outputs["image"], outputs["text"], outputs["logit_scale"], outputs["logit_bias"], group=group, backend=backend
+    )

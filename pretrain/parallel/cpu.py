@@ -10,6 +10,8 @@ import ctypes
 import importlib
 import os
 import sys
+import types
+from typing import Any
 
 import torch
 
@@ -25,6 +27,7 @@ def enable_cpu() -> None:
     torch.cuda.current_device = lambda: CPU  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = lambda device=None: None  # type: ignore[assignment]
     _random_state_on_cpu()
+    _counters_on_cpu()
     _no_shared_memory_op()
     _keep_freed_memory()
 
@@ -49,7 +52,23 @@ def _random_state_on_cpu() -> None:
 
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    torch.cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()  # type: ignore[assignment]
     torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))  # type: ignore[assignment, return-value]
+
+
+def _counters_on_cpu() -> None:
+    """pipeline_parallel/schedules.py:596, 983 and 2138 count tokens in a `torch.zeros([], device="cuda")`."""
+    import megatron.core.pipeline_parallel.schedules as schedules
+
+    class TorchOnCpu(types.ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch, name)
+
+        @staticmethod
+        def zeros(*size: Any, device: Any = None, **others: Any) -> torch.Tensor:
+            return torch.zeros(*size, device=CPU, **others)
+
+    schedules.torch = TorchOnCpu("torch")
 
 
 def _no_shared_memory_op() -> None:

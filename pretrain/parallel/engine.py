@@ -1,37 +1,30 @@
 """One training step under any layout: forward, the loss over the global batch, backward, reduction, update.
 
-DeepSpeed ZeRO shards optimizer state, gradients and parameters over the data parallel ranks; Megatron-core's layers
-inside the model do tensor parallelism. The trainer sees `Engine.step(batch, lr)`.
-
-Design choices:
-- One microbatch takes the direct path. With several, no microbatch knows the loss, which ties all samples together:
-  a first pass embeds them without gradients, the loss and its gradient with respect to the embeddings are computed
-  once over all ranks, and a second pass backpropagates sum <output, gradient> (gradient caching, Gao et al. 2021).
-  Both give the gradients of one process on the whole batch.
-- The learning rate is set from outside at each step: a schedule is a function of the step and has no state.
-- Weight decay falls on matrices only: never on norms, biases, positions, tokens and scales.
+The trainer sees `Engine.step(batch, lr)`. How the microbatches of a step meet in a loss is told in `embedding_cache`
+(losses that tie samples together) and `token_losses` (losses that add up), how gradients meet in `zero`, how stages
+hand over in `pipeline`. The learning rate is set from outside at each step: a schedule is a function of the step, and
+has no state.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from data_pipeline import Batch
-from pretrain.config import Objective, Recipe
+from pretrain.config import Recipe
+from pretrain.models.captioner import Captioner
 from pretrain.models.dual import DualEncoder
-from pretrain.models.initialise import sharded_axis
-from pretrain.objectives import OBJECTIVES
-from pretrain.parallel.groups import DeepSpeedGroups, Ranks
+from pretrain.models.pieces import parameters_by_name
+from pretrain.parallel.embedding_cache import JointLoss, Outcome, step_at_once, step_in_stages, step_with_cache
+from pretrain.parallel.groups import Ranks
 from pretrain.parallel.layout import Layout
-
-LARGEST_BUCKET = 500_000_000  # DeepSpeed's own default
-NOT_DECAYED = ("tokens.weight", "positions", "class_token")
+from pretrain.parallel.pipeline import Pipeline
+from pretrain.parallel.token_losses import TokenLoss, step_tokens, step_tokens_in_stages
+from pretrain.parallel.zero import Zero
 
 
 @dataclass(frozen=True)
@@ -41,149 +34,95 @@ class Stepped:
     loss: float
     losses: dict[str, float]
     grad_norm: float
-    logit_scale: float
+    logit_scale: float | None  # of a dual encoder
+
+    @property
+    def updated(self) -> bool:
+        """Whether the parameters moved: a step whose gradients are not finite changes nothing."""
+        return math.isfinite(self.grad_norm)
 
 
 class Engine:
     """A model with its optimizer under a layout. Every rank calls every method, in the same order."""
 
-    def __init__(self, model: DualEncoder, recipe: Recipe, layout: Layout, ranks: Ranks) -> None:
-        import deepspeed
-
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    def __init__(self, model: DualEncoder | Captioner, recipe: Recipe, layout: Layout, ranks: Ranks) -> None:
         self.ranks, self.layout = ranks, layout
-        self.objectives: tuple[Objective, ...] = recipe.objectives
-        self._clip = recipe.train.grad_clip
-        self._grad_norm = 0.0  # of the last step, before clipping
-        train = recipe.train
-        optimizer = torch.optim.AdamW(
-            parameter_groups(model, train.weight_decay), lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps
-        )
-        self._engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            mpu=DeepSpeedGroups(ranks),
-            dist_init_required=False,
-            config=deepspeed_config(recipe, layout, sum(parameter.numel() for parameter in model.parameters())),
-        )
+        self.zero = Zero(model, recipe, layout, ranks)
+        self.optimizer = self.zero.optimizer
+        self._pipeline = Pipeline(layout)
+        self._lengths, self._embed_dim = recipe.model.sequence_lengths, recipe.model.embed_dim
+        self._joint = JointLoss(recipe.objectives, ranks, recipe.kernels.loss)
+        self._tokens = TokenLoss(recipe.objectives, ranks, recipe.kernels.loss)
 
     @property
-    def model(self) -> DualEncoder:
-        """The model itself; under ZeRO-3 its parameters are pieces, gathered while a module runs."""
-        module: DualEncoder = self._engine.module
-        return module
+    def model(self) -> DualEncoder | Captioner:
+        """This rank's chunks; under ZeRO-3 their parameters are pieces, gathered while a module runs."""
+        model = self.zero.model
+        assert isinstance(model, DualEncoder | Captioner)
+        return model
+
+    def close(self) -> None:
+        """Nothing can be trained any more, and memory is given back."""
+        self.zero.close()
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """The trained parameters by name, in the order of the model."""
-        return self.model.named_parameters()
+        """This rank's parameters by their names in the whole model; frozen ones need no gradient."""
+        return parameters_by_name(self.model)
 
-    def step(self, batch: Batch, lr: float) -> Stepped:
-        """Train on this rank's share of a global batch, already on the device."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self._engine.train()
-        if self.layout.microbatches == 1:
-            outputs = self._engine(batch.image, batch.text)
-            loss, losses = self._loss(outputs)
-            self._backward(loss)
-        else:
-            outputs, loss, losses = self._step_with_cached_embeddings(batch)
-        return Stepped(
-            loss=float(loss.detach()),
-            losses=losses,
-            grad_norm=self._grad_norm,
-            logit_scale=float(outputs["logit_scale"].detach()),
-        )
+    def step(self, batch: Batch, lr: float, loss_limit: float = math.inf) -> Stepped:
+        """Train on this rank's share of a global batch, already on the device.
 
-    def _backward(self, loss: torch.Tensor) -> None:
-        """Backpropagate one microbatch; the last one of a step also reduces, clips and updates."""
-        self._engine.backward(loss)
-        if self.layout.zero == 0 and self._engine.is_gradient_accumulation_boundary():
-            self._grad_norm = self._clip_whole_gradients()
-        self._engine.step()
-        if self.layout.zero > 0:
-            self._grad_norm = float(self._engine.get_global_grad_norm() or 0.0)
+        Nothing changes where the loss is above the limit, or gradients are not finite.
+        """
+        self.zero.begin(lr)
+        self._joint.limit = self._tokens.limit = loss_limit
+        outcome = self._run(batch)
+        return Stepped(outcome.loss, outcome.losses, self.zero.grad_norm, outcome.logit_scale)
 
-    def _clip_whole_gradients(self) -> float:
-        """ZeRO-0: DeepSpeed clips but keeps the norm to itself; here both, with tensor parallel pieces added up."""
-        squares = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)  # of cut parameters, of whole ones
-        gradients = [(each, each.grad) for each in self.model.parameters() if each.grad is not None]
-        for parameter, gradient in gradients:
-            squares[int(sharded_axis(parameter) is None)] += gradient.double().square().sum()
-        dist.all_reduce(squares[:1], group=self.ranks.tp_group)
-        norm = float(squares.sum().sqrt())
-        if 0 < self._clip < norm:
-            for _, gradient in gradients:
-                gradient.mul_(self._clip / norm)
-        return norm
+    def _run(self, batch: Batch) -> Outcome:
+        size, staged = self.layout.micro_batch, self.layout.pp > 1
+        parts = [batch.rows(slice(at, at + size)) for at in range(0, len(batch), size)]
+        if isinstance(self.model, Captioner):
+            if staged:
+                return step_tokens_in_stages(self.zero, self._pipeline, parts, self._lengths, self._tokens)
+            return step_tokens(self.zero, parts, self._tokens)
+        if staged:
+            return step_in_stages(self.zero, self._pipeline, parts, self._lengths, self._joint)
+        if len(parts) == 1:
+            return step_at_once(self.zero, batch, self._joint)
+        return step_with_cache(self.zero, parts, self._joint)
 
-    def _loss(self, outputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
-        """The weighted sum of all objectives, and each by itself."""
-        total = torch.zeros((), device=self.ranks.device)
-        losses: dict[str, float] = {}
-        for objective in self.objectives:
-            loss = OBJECTIVES[objective.name](outputs, objective, self.ranks.dp_group)
-            losses[objective.name] = float(loss.detach())
-            total = total + objective.weight * loss
-        return total, losses
+    # --- for evaluation
 
-    def _step_with_cached_embeddings(
-        self, batch: Batch
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[str, float]]:
-        size, count = self.layout.micro_batch, self.layout.microbatches
-        parts = [batch.rows(slice(number * size, (number + 1) * size)) for number in range(count)]
-        with torch.no_grad():
-            passes = [self._engine(part.image, part.text) for part in parts]
-        # embeddings [n, E] are joined over microbatches; scalars are the same in each
-        outputs = {
-            name: (torch.cat([each[name] for each in passes]) if value.ndim else value).requires_grad_()
-            for name, value in passes[0].items()
-        }
-        loss, losses = self._loss(outputs)
-        loss.backward()
-        gradients = {name: value.grad for name, value in outputs.items() if value.grad is not None}
-        for number, part in enumerate(parts):
-            again = self._engine(part.image, part.text)
-            rows = slice(number * size, (number + 1) * size)
-            terms = [
-                (again[name] * (gradient[rows] if gradient.ndim else gradient / count)).sum()
-                for name, gradient in gradients.items()
-            ]
-            # DeepSpeed divides by the number of microbatches, which is right for means; this is a sum
-            self._backward(torch.stack(terms).sum() * count)
-        return outputs, loss, losses
+    @torch.no_grad()
+    def token_losses(self, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """The sum of the cross entropies of a captioner, [], over this rank's rows; on the last stage."""
+        model = self.model
+        assert isinstance(model, Captioner)
+        model.eval()
+        if self.layout.pp == 1:
+            return model.token_losses(image, text)
+        (length,) = self._lengths.values()
+        found = self._pipeline.outputs(model.decoder, [(image, text)], length)
+        return found[0] if found else torch.zeros((), device=text.device)
 
+    def encode_image(self, image: torch.Tensor) -> torch.Tensor:
+        """uint8 [B, 3, size, size] -> fp32 [B, E], unit length, on every rank."""
+        return self._encode("vision", image)
 
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameters that decay (matrices), and those that do not."""
-    decayed: list[torch.nn.Parameter] = []
-    others: list[torch.nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        decays = parameter.ndim >= 2 and not name.endswith(NOT_DECAYED)
-        (decayed if decays else others).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    def encode_text(self, text: torch.Tensor) -> torch.Tensor:
+        """Token ids [B, S] -> fp32 [B, E], unit length, on every rank."""
+        return self._encode("text", text)
 
-
-def deepspeed_config(recipe: Recipe, layout: Layout, parameters: int) -> dict[str, Any]:
-    """DeepSpeed's own settings for a recipe and a model of so many parameters; what weft decides itself is left out."""
-    # gradients are copied into a bucket of this many numbers, made anew each step: never larger than they all are
-    bucket = min(parameters, LARGEST_BUCKET)
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": layout.micro_batch,
-        "gradient_accumulation_steps": layout.microbatches,
-        "gradient_clipping": recipe.train.grad_clip if layout.zero else 0.0,  # see `_clip_whole_gradients`
-        "zero_optimization": {
-            "stage": layout.zero,
-            "overlap_comm": False,
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-        },
-        "zero_allow_untested_optimizer": True,  # torch.optim.AdamW, with the state that checkpoints read
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 1 << 60,  # we print ourselves
-    }
-    if recipe.train.precision == "bf16":
-        # immediate_grad_update: without it ZeRO-1 with fp32 accumulation finds no gradient at the step
-        config["bf16"] = {"enabled": True, "immediate_grad_update": True}
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
-    return config
+    @torch.no_grad()
+    def _encode(self, tower: str, inputs: torch.Tensor) -> torch.Tensor:
+        model = self.model
+        assert isinstance(model, DualEncoder)
+        model.eval()
+        chunks = getattr(model, tower)
+        if self.layout.pp == 1:
+            embedding: torch.Tensor = chunks[0](inputs)
+            return embedding
+        found = self._pipeline.outputs(chunks, [(inputs,)], self._lengths[tower])
+        shape = (len(inputs), self._embed_dim)
+        return self.ranks.from_last_stage(found[0] if found else torch.empty(shape, device=inputs.device))

@@ -7,7 +7,9 @@ reads that module state. One more group, gloo even on GPUs, carries the few numb
 from __future__ import annotations
 
 import logging
+import math
 import os
+import sys
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -28,20 +30,48 @@ class Ranks:
 
     rank: int
     world: int
-    dp_rank: int
+    dp_rank: int  # which share of the global batch
     dp_size: int
+    zero_rank: int  # among the ranks with the same parameters: data and context parallel ones
+    zero_size: int
     tp_rank: int
     tp_size: int
+    pp_rank: int  # which stage
+    pp_size: int
     device: torch.device
     dp_group: dist.ProcessGroup
+    zero_group: dist.ProcessGroup
     tp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    model_group: dist.ProcessGroup  # all pieces and stages of one copy of the model
+    same_rows_group: dist.ProcessGroup  # of one stage: tensor and context parallel, with the same embeddings
+    all_rows_group: dist.ProcessGroup  # of one stage: those of all data parallel ranks
+    end_stages_group: dist.ProcessGroup | None  # first and last stage, on a rank of either; None without stages
+    copy_group: dist.ProcessGroup | None  # all that train on the same share; None where that is one rank
     control_group: dist.ProcessGroup  # gloo, all ranks
-    made_world: bool  # whether `stop_ranks` is to leave the default group too
+    made_groups: tuple[dist.ProcessGroup, ...]  # what `stop_ranks` is to leave, the default group if it was made here
 
     @property
     def is_first(self) -> bool:
         """Whether this rank speaks and writes for all."""
         return self.rank == 0
+
+    @property
+    def is_reader(self) -> bool:
+        """Whether this rank reads the batches of its share, for all that train on it."""
+        return self.copy_group is None or dist.get_rank(self.copy_group) == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether embeddings and losses are found here."""
+        return self.pp_rank == self.pp_size - 1
+
+    def from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of the last stage on all stages; elsewhere `tensor` says shape and dtype."""
+        if self.pp_size > 1:
+            last = dist.get_global_rank(self.pp_group, self.pp_size - 1)
+            dist.broadcast(tensor, last, group=self.pp_group)
+        return tensor
 
     def agree(self, numbers: torch.Tensor) -> torch.Tensor:
         """Sum int64 or float64 CPU numbers over all ranks."""
@@ -68,9 +98,13 @@ def pick_device(asked: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def start_ranks(layout: Layout, device: torch.device) -> Ranks:
-    """Join the other ranks and make the groups of a layout. A single rank needs no launcher and opens no port."""
+def start_ranks(layout: Layout, device: torch.device, timeout: timedelta = TIMEOUT) -> Ranks:
+    """Join the other ranks and make the groups of a layout. A single rank needs no launcher and opens no port.
+
+    `timeout`: how long a collective waits for a rank that does not come.
+    """
     from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     on_cpu = device.type == "cpu"
     if on_cpu:
@@ -79,30 +113,67 @@ def start_ranks(layout: Layout, device: torch.device) -> Ranks:
         torch.cuda.set_device(device)
     # deepspeed/runtime/engine.py:1972 wants what a launcher sets; a single rank has none
     os.environ.setdefault("LOCAL_RANK", "0")
-    made_world = not dist.is_initialized()
-    if made_world:
+    before = _groups()
+    if not dist.is_initialized():
         backend = "gloo" if on_cpu else "nccl"
         if layout.world == 1:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
-            dist.init_process_group(backend, timeout=TIMEOUT)
+            dist.init_process_group(backend, timeout=timeout)
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=layout.tp)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tp,
+            pipeline_model_parallel_size=layout.pp,
+            virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+            context_parallel_size=layout.cp,
+            create_gloo_process_groups=False,  # second groups for its own checkpoints, which nothing here uses
+            distributed_timeout_minutes=math.ceil(timeout.total_seconds() / 60),
+        )
+    # with tensor parallel ranks Megatron-core's layers fork random streams of its own tracker
+    model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+    in_end_stages = parallel_state.is_rank_in_embedding_group(ignore_virtual=True) and layout.pp > 1
     return Ranks(
         rank=dist.get_rank(),
         world=dist.get_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
+        zero_rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
+        zero_size=parallel_state.get_data_parallel_world_size(with_context_parallel=True),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
         device=device,
         dp_group=parallel_state.get_data_parallel_group(),
+        zero_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         tp_group=parallel_state.get_tensor_model_parallel_group(),
-        control_group=dist.new_group(backend="gloo", timeout=TIMEOUT),
-        made_world=made_world,
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        model_group=parallel_state.get_model_parallel_group(),
+        same_rows_group=parallel_state.get_tensor_and_context_parallel_group(),
+        all_rows_group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
+        end_stages_group=parallel_state.get_embedding_group() if in_end_stages else None,
+        copy_group=_copy_group(layout, timeout),
+        control_group=dist.new_group(backend="gloo", timeout=timeout),
+        made_groups=tuple(group for group in _groups() if group not in before),
     )
+
+
+def _copy_group(layout: Layout, timeout: timedelta) -> dist.ProcessGroup | None:
+    """This rank's group of tp * cp * pp ranks; every rank makes those of all shares, as torch wants it."""
+    if layout.world == layout.dp:
+        return None
+    # what ranks say to each other goes beside the cards, batches between them
+    backend = "gloo" if dist.get_backend() == "gloo" else "cpu:gloo,cuda:nccl"
+    inner = layout.tp * layout.cp  # ranks count through tp, cp, dp, pp
+    mine = None
+    for share in range(layout.dp):
+        members = [place + inner * (share + layout.dp * stage) for stage in range(layout.pp) for place in range(inner)]
+        group = dist.new_group(members, backend=backend, timeout=timeout)
+        if dist.get_rank() in members:
+            mine = group
+    return mine
 
 
 def start_alone(device: torch.device) -> Ranks:
@@ -120,13 +191,23 @@ def start_alone(device: torch.device) -> Ranks:
 
 
 def stop_ranks(ranks: Ranks) -> None:
-    """Leave the groups of the layout, and the default group if `start_ranks` made it."""
+    """Leave the groups of the layout: Megatron-core only forgets them, and each would keep its threads and sockets."""
     from megatron.core import parallel_state
 
+    if sys.exception() is None:  # else the others may never come
+        dist.barrier(group=ranks.control_group)  # nobody closes a socket that another still reads from
     parallel_state.destroy_model_parallel()
-    dist.destroy_process_group(ranks.control_group)
-    if ranks.made_world:
+    default = dist.group.WORLD
+    for group in ranks.made_groups:
+        if group is not default and group in _groups():  # Megatron-core leaves some itself
+            dist.destroy_process_group(group)
+    if default in ranks.made_groups:
         dist.destroy_process_group()
+
+
+def _groups() -> list[dist.ProcessGroup]:
+    """All process groups that this process is a member of."""
+    return list(dist.distributed_c10d._world.pg_map)
 
 
 class DeepSpeedGroups:
@@ -139,23 +220,37 @@ class DeepSpeedGroups:
         self._ranks = ranks
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
-        return self._ranks.tp_group
+        return self._ranks.model_group
 
     def get_model_parallel_rank(self) -> int:
-        return self._ranks.tp_rank
+        return dist.get_rank(self._ranks.model_group)
 
     def get_model_parallel_world_size(self) -> int:
+        return dist.get_world_size(self._ranks.model_group)
+
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._ranks.tp_group
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return self._ranks.tp_rank
+
+    def get_tensor_model_parallel_world_size(self) -> int:
         return self._ranks.tp_size
 
-    get_tensor_model_parallel_group = get_model_parallel_group
-    get_tensor_model_parallel_rank = get_model_parallel_rank
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    def get_pipeline_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._ranks.pp_group
+
+    def get_pipeline_model_parallel_rank(self) -> int:
+        return self._ranks.pp_rank
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        return self._ranks.pp_size
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self._ranks.dp_group
+        return self._ranks.zero_group
 
     def get_data_parallel_rank(self) -> int:
-        return self._ranks.dp_rank
+        return self._ranks.zero_rank
 
     def get_data_parallel_world_size(self) -> int:
-        return self._ranks.dp_size
+        return self._ranks.zero_size

@@ -186,7 +186,7 @@ def test_a_checkpoint_of_another_model(scenes: Path, tmp_path: Path, capsys: pyt
     # even with a recipe that claims to fit: the tensors have the last word
     description = describe(run).path / "checkpoint.json"
     tree = json.loads(description.read_text())
-    tree["parameters"]["text_projection.weight"][0] += 1
+    tree["parameters"]["text.projection.weight"][0] += 1
     description.write_text(json.dumps(tree))
     assert train(scenes / "train", run, "train.stop_at=6", "train.resume=auto") == 0  # nothing left to do, nothing read
     tree["step"] = 5
@@ -195,7 +195,7 @@ def test_a_checkpoint_of_another_model(scenes: Path, tmp_path: Path, capsys: pyt
     assert train(scenes / "train", run) == 2
     told = sentence(capsys)
     assert "another model" in told
-    assert "text_projection.weight" in told
+    assert "text.projection.weight" in told
 
 
 def test_a_damaged_checkpoint_is_named(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

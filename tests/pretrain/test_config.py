@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from pretrain.config import RECIPES, Recipe, builtin_recipes, keys_of, load_recipe
 from pretrain.errors import RequestError
+from pretrain.sections import Kernels
 
 # what scripts outside this repository rely on
 STABLE = [
@@ -40,6 +42,9 @@ STABLE = [
     "train.precision",
     "train.resume",
     "train.log_every",
+    "kernels.attention",
+    "kernels.norm",
+    "kernels.loss",
     "layout.tp",
     "layout.pp",
     "layout.vpp",
@@ -188,13 +193,13 @@ def test_an_unknown_key_like_nothing_gets_no_false_advice() -> None:
         ("train.precision=fp8", ["train.precision is 'fp8'", "'fp32' or 'bf16'"]),
         ("layout.zero=4", ["layout.zero is 4", "0, 1, 2 or 3"]),
         ("data.flip=perhaps", ["data.flip is 'perhaps'", "boolean"]),
-        ("data.train=null", ["data.train is None", "path"]),
+        ("data.train=null", ["data.train is None", "string"]),
         ("data=null", ["data is None", "it is a section"]),
         ("train=7", ["train is 7", "it is a section"]),
         ("model.text.vocab_size={a: 1}", ["model.text.vocab_size is a section", "integer"]),
         ("objectives=contrastive", ["objectives is 'contrastive'", "tuple"]),
         ("objectives=[]", ["objectives is []", "at least 1 item"]),
-        ("objectives=[{name: clip}]", ["objectives.0.name is 'clip'", "'contrastive' or 'sigmoid'"]),
+        ("objectives=[{name: clip}]", ["objectives.0.name is 'clip'", "'contrastive', 'sigmoid' or 'caption'"]),
         ("objectives=[{weight: 1}]", ["'objectives.0.name' has no value and no default"]),
         ("data.crop_scale=[0.9, 0.5]", ["crop_scale is [0.9, 0.5]", "0 < low <= high <= 1"]),
         ("data.crop_scale=[0, 1]", ["crop_scale is [0.0, 1.0]"]),
@@ -280,3 +285,9 @@ def test_a_resolved_recipe_reads_back_the_same(tmp_path: Path, name: str, overri
     tree = yaml.safe_load(recipe.yaml())
     assert list(tree) == list(Recipe.model_fields), "in the order of declaration"
     assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe, "as a checkpoint keeps it"
+
+
+def test_backends_are_those_of_the_kernels() -> None:
+    for key, module in (("attention", "attention"), ("norm", "norm"), ("loss", "contrastive")):
+        backends = importlib.import_module(f"kernels.{module}").BACKENDS
+        assert set(get_args(Kernels.model_fields[key].annotation)) == {"auto", *backends}

@@ -282,6 +282,71 @@ def test_import_tuxpaint_hands_everything_on(tmp_path: Path, monkeypatch: pytest
     assert "and 18 more" in text
 
 
+def coco(folder: Path) -> Path:
+    """Two images of train and one of val, in COCO's form."""
+    (folder / "annotations").mkdir(parents=True)
+    for part, numbers in (("train2017", (1, 2)), ("val2017", (3,))):
+        (folder / part).mkdir()
+        images = [{"id": number, "file_name": f"{number:012d}.jpg", "license": 1} for number in numbers]
+        for image in images:
+            (folder / part / image["file_name"]).write_bytes(picture(image["id"], kind="JPEG"))
+        captions = [{"image_id": image["id"], "caption": f"{image['id']} {n}"} for n in range(5) for image in images]
+        images.append({"id": 99, "file_name": "gone[/red].jpg", "license": 1})
+        tree = {"images": images, "annotations": captions, "licenses": [{"id": 1, "name": "CC BY"}]}
+        (folder / "annotations" / f"captions_{part}.json").write_text(json.dumps(tree))
+    return folder
+
+
+def test_import_of_a_published_set(tmp_path: Path) -> None:
+    source, out = coco(tmp_path / "in"), tmp_path / "out"
+    words = ["import", "coco", source, out, "--licence", "terms", "--processes", 1]
+    tree = run_json(*words)
+    assert (tree["train"]["samples"], tree["test"]["samples"], tree["already"]) == (2, 1, False)
+    assert tree["train"]["reasons"] == {"the image file is missing": 2}
+    assert [skip["source"] for skip in tree["train"]["skipped"]] == [
+        f"{s}2017/gone[/red].jpg" for s in ("train", "val")
+    ]
+    assert run_json("check", out)["ok"]
+    again = run_json(*words)
+    assert again == {**tree, "already": True}
+    text = run(*words)
+    assert "skipped 2" in text
+    assert f"{out} was there already, from the same source: nothing was changed" in text
+    with pytest.raises(ValueError, match="there already: give another folder"):
+        run(*words, "--seed", 1)
+    with pytest.raises(ValueError, match="there already: give another folder"):
+        run("import", "coco", coco(tmp_path / "other"), out)
+
+
+def test_a_published_set_of_three_parts_or_another_split(tmp_path: Path) -> None:
+    images = []
+    (tmp_path / "in" / "flickr30k-images").mkdir(parents=True)
+    for number, split in enumerate(["train", "val", "test", "train"]):
+        (tmp_path / "in" / "flickr30k-images" / f"{number}.jpg").write_bytes(picture(number, kind="JPEG"))
+        sentence = {"raw": f"picture {number}"}
+        images.append({"filename": f"{number}.jpg", "imgid": number, "split": split, "sentences": [sentence]})
+    (tmp_path / "in" / "dataset_flickr30k.json").write_text(json.dumps({"images": images}))
+    tree = run_json("import", "flickr30k", tmp_path / "in", tmp_path / "out", "--processes", 1)
+    assert {part: tree[part]["samples"] for part in ("train", "val", "test")} == {"train": 2, "val": 1, "test": 1}
+    parts = [part["path"] for part in run_json("check", tmp_path / "out")["datasets"]]
+    assert parts == [str(tmp_path / "out" / part) for part in ("train", "val", "test")]
+    media = ["--media", tmp_path / "in" / "flickr30k-images", "--test-share", 0.5, "--processes", 1]
+    tree = run_json("import", "flickr30k", tmp_path / "in" / "dataset_flickr30k.json", tmp_path / "half", *media)
+    assert (tree["train"]["samples"], tree["test"]["samples"]) == (2, 2)
+    assert "val" not in tree
+
+
+def test_every_published_set_has_a_command_and_a_function() -> None:
+    """The command finds the function by name, so that a slip would show at the user's first import only."""
+    from importlib import import_module
+
+    from pretrain.import_commands import PUBLISHED
+
+    for name in PUBLISHED:
+        assert callable(getattr(import_module(f"data_pipeline.importers.{name}"), f"import_{name}"))
+        assert "--media" in run("import", name, "--help")
+
+
 def test_importing_the_commands_loads_nothing_heavy() -> None:
     code = "import sys, pretrain.data_commands; print({'torch', 'numpy', 'data_pipeline'} & set(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

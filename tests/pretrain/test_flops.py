@@ -9,11 +9,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pretrain.config import Model
 from pretrain.flops import forward_flops_per_sample, peak_tflops, training_flops_per_sample
 from pretrain.models.dual import DualEncoder
 from pretrain.models.initialise import initialise
 from pretrain.parallel.groups import start_alone, stop_ranks
+from pretrain.sections import Model
 
 
 @pytest.fixture(scope="module")

@@ -87,6 +87,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("objective", ["contrastive", "sigmoid"])
 def test_losses_are_those_of_one_process(data: Path, tmp_path: Path, objective: str) -> None:

@@ -19,6 +19,7 @@ from pretrain.metrics import (
     Clock,
     ProgressLine,
     RunLog,
+    WaitHint,
     duration,
     peak_memory_gib,
     read_lines,
@@ -176,3 +177,20 @@ def test_peak_memory_is_at_least_what_is_held() -> None:
     held = torch.ones(40_000_000)
     assert 0.14 < peak_memory_gib(torch.device("cpu")) < 64
     assert held[-1] == 1
+
+
+@pytest.mark.parametrize(
+    ("loader", "workers", "words"),
+    [
+        ("inprocess", 1, "raise data.workers from 1 to up to 4"),
+        ("inprocess", 4, "data.loader=ray"),
+        ("ray", 2, "most_workers"),
+    ],
+)
+def test_a_run_that_waits_for_data_is_told_once_what_to_change(loader: str, workers: int, words: str) -> None:
+    hint = WaitHint(loader, workers, ranks=2, cores=8)
+    assert [hint.look(share) for share in (0.5, 0.1, 0.5, 0.5)] == [""] * 4
+    said = hint.look(0.5)
+    assert said.startswith("training waits for data 50% of its time: ")
+    assert words in said
+    assert hint.look(0.5) == ""

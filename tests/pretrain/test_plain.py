@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from kernels import contrastive_loss
-from pretrain.config import Model, Text, Vision
 from pretrain.models.dual import DualEncoder
 from pretrain.models.initialise import initialise
 from pretrain.parallel.groups import start_alone, stop_ranks
 from pretrain.plain import PlainDualEncoder, plain_contrastive_loss
+from pretrain.sections import Model, Text, Vision
 
 
 @pytest.mark.parametrize(("heads", "context", "batch"), [(2, 7, 5), (4, 16, 3)])

@@ -72,9 +72,10 @@ def wait_for_steps(run: Path, steps: int, process: subprocess.Popen[str]) -> Non
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_and_interrupted_runs_go_on_as_if_nothing_had_happened(data: Path, tmp_path: Path, nproc: int) -> None:
-    ranks = ["--nproc", str(nproc)] if nproc > 1 else []
+    # so that what is saved by a step is known; test_killed.py kills runs that save while they train
+    ranks = ["checkpoint.asynchronous=false", *(["--nproc", str(nproc)] if nproc > 1 else [])]
     process = weft(["train", "quickstart", *overrides(data, tmp_path / "whole"), *ranks])
     assert process.wait(timeout=200) == 0, process.communicate()
     whole = losses(tmp_path / "whole")
@@ -124,7 +125,11 @@ def train_in_two_parts(rank: int, world: int, data: Path, out: Path, cases: list
     [
         (1, [["layout.zero=0"], ["layout.zero=2"], ["layout.zero=3"], ["train.precision=bf16"]]),
         (2, [["layout.zero=1"], ["layout.zero=3"], ["layout.tp=2"], ["train.precision=bf16", "layout.zero=2"]]),
-        (4, [["layout.tp=2", "layout.zero=1"], ["layout.tp=2", "layout.zero=3", "train.precision=bf16"]]),
+        pytest.param(
+            4,
+            [["layout.tp=2", "layout.zero=1"], ["layout.tp=2", "layout.zero=3", "train.precision=bf16"]],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_every_layout_resumes_to_the_last_bit(data: Path, tmp_path: Path, world: int, cases: list[list[str]]) -> None:
@@ -141,6 +146,7 @@ def train_once(rank: int, world: int, arguments: list[str]) -> int:
     return train(load_recipe("quickstart", arguments), "")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_run_goes_on_under_another_layout(data: Path, tmp_path: Path) -> None:
     whole, moved = tmp_path / "whole", tmp_path / "moved"

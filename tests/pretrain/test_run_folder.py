@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pretrain import run_folder
-from pretrain.checkpoint.format import DESCRIPTION, FILES, FORMAT, VERSION
+from pretrain.checkpoint.format import DESCRIPTION, FORMAT, PARTS, TOKENIZER, VERSION, checksum_of_description
 from pretrain.config import Recipe, load_recipe
 from pretrain.errors import RequestError, WeftError
 from pretrain.parallel.layout import Layout
@@ -32,11 +32,14 @@ def leave_checkpoint(run: Path, recipe: Recipe, step: int = 30) -> Path:
         "version": VERSION,
         "step": step,
         "samples": step * 128,
+        "updates": step,
         "recipe": recipe.model_dump(mode="json"),
         "data_fingerprint": DATA,
-        "files": dict.fromkeys(FILES, "0" * 64),
+        "files": {TOKENIZER: "0" * 64},
         "parameters": {},
+        "tensors": {part: {} for part in PARTS},
     }
+    description["checksum"] = checksum_of_description(description)
     (folder / DESCRIPTION).write_text(json.dumps(description))
     latest = run / "checkpoints" / "latest"
     latest.unlink(missing_ok=True)
@@ -111,6 +114,7 @@ FREE_CHANGES = [
     "layout.zero=3",
     "checkpoint.every=9",
     "checkpoint.keep=5",
+    "checkpoint.asynchronous=false",
     "eval.every=0",
     "eval.samples=17",
     "eval.templates=['{}!']",

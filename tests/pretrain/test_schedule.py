@@ -7,8 +7,8 @@ from itertools import pairwise
 
 import pytest
 
-from pretrain.config import Train
 from pretrain.schedule import learning_rate
+from pretrain.sections import Train
 
 
 def rates(**settings: float) -> list[float]:

@@ -9,12 +9,13 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from pretrain.config import Model, Objective
 from pretrain.models.dual import DualEncoder
 from pretrain.models.initialise import initialise, sharded_axis
+from pretrain.models.pieces import Build, parameters_by_name
 from pretrain.objectives import OBJECTIVES
 from pretrain.parallel.groups import Ranks, start_ranks, stop_ranks
 from pretrain.parallel.layout import Layout
+from pretrain.sections import Model, Objective
 
 CONFIG: dict[str, Any] = {
     "vision": {
@@ -35,9 +36,9 @@ EOS = 1
 def parameters_of(
     seed: int, config: dict[str, Any] = CONFIG, dtype: torch.dtype = torch.float32
 ) -> dict[str, torch.Tensor]:
-    model = DualEncoder(Model.model_validate(config), dtype=dtype)
+    model = DualEncoder(Model.model_validate(config), Build(dtype=dtype))
     initialise(model, seed)
-    return {name: each.detach() for name, each in model.named_parameters()}
+    return {name: each.detach() for name, each in parameters_by_name(model)}
 
 
 def is_drawn(name: str) -> bool:
@@ -62,12 +63,12 @@ def test_nothing_is_left_as_it_was_in_memory(alone: Ranks) -> None:
     """Parameters are built empty: each must be filled, whatever was there."""
     model = DualEncoder(Model.model_validate(CONFIG))
     with torch.no_grad():
-        for name, each in model.named_parameters():
+        for name, each in parameters_by_name(model):
             if not name.startswith("logit_"):
                 each.fill_(torch.nan)
     initialise(model, 3)
     expected = parameters_of(3)
-    for name, each in model.named_parameters():
+    for name, each in parameters_by_name(model):
         torch.testing.assert_close(each.detach(), expected[name], msg=name)
 
 
@@ -98,13 +99,13 @@ def test_scales_are_those_of_clip_and_gpt_2(alone: Ranks) -> None:
     }
     parameters = parameters_of(0, wide)
     expected = {
-        "vision.patches.weight": 192**-0.5,
-        "vision.positions": 0.02,
+        "vision.patches.linear.weight": 192**-0.5,
+        "vision.patches.positions": 0.02,
         "vision.class_token": 0.02,
         "text.tokens.weight": 0.02,
         "text.positions": 0.02,
-        "vision_projection.weight": 128**-0.5,
-        "text_projection.weight": 96**-0.5,
+        "vision.projection.weight": 128**-0.5,
+        "text.projection.weight": 96**-0.5,
         "vision.block.layers.1.self_attention.linear_qkv.weight": 128**-0.5,
         "vision.block.layers.1.self_attention.linear_proj.weight": 128**-0.5 / 6**0.5,
         "vision.block.layers.2.mlp.linear_fc1.weight": 128**-0.5,
@@ -148,9 +149,9 @@ def run_model(model: DualEncoder, ranks: Ranks) -> dict[str, Any]:
     OBJECTIVES["contrastive"](outputs, Objective(name="contrastive"), ranks.dp_group).backward()
     return {
         "outputs": {name: each.detach() for name, each in outputs.items()},
-        "parameters": {name: each.detach() for name, each in model.named_parameters()},
-        "gradients": {name: each.grad for name, each in model.named_parameters()},
-        "axes": {name: sharded_axis(each) for name, each in model.named_parameters()},
+        "parameters": {name: each.detach() for name, each in parameters_by_name(model)},
+        "gradients": {name: each.grad for name, each in parameters_by_name(model)},
+        "axes": {name: sharded_axis(each) for name, each in parameters_by_name(model)},
     }
 
 
@@ -159,7 +160,7 @@ def on_ranks(rank: int, world: int) -> dict[str, Any]:
     layout = Layout(world=world, dp=1, tp=world, zero=0, share=5, micro_batch=5)
     ranks = start_ranks(layout, torch.device("cpu"))
     assert (ranks.tp_rank, ranks.tp_size, ranks.dp_size) == (rank, world, 1)
-    model = DualEncoder(Model.model_validate(CONFIG), tp=world)
+    model = DualEncoder(Model.model_validate(CONFIG), Build(tp=world))
     initialise(model, 3, tp_rank=ranks.tp_rank, tp_size=ranks.tp_size)
     result = run_model(model, ranks)
     stop_ranks(ranks)

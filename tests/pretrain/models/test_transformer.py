@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_block import TransformerBlock
 
-from pretrain.config import Tower
 from pretrain.models.initialise import sharded_axis
+from pretrain.models.pieces import Build, Piece
 from pretrain.models.transformer import Norm, build_block, mark_tensor_parallel
 from pretrain.parallel.groups import Ranks
+from pretrain.sections import Tower
 
 WIDTH, HEADS, LAYERS = 24, 3, 2
 
@@ -18,7 +19,7 @@ WIDTH, HEADS, LAYERS = 24, 3, 2
 def block_of(*, causal: bool, mlp_ratio: float = 4.0, dtype: torch.dtype = torch.float64) -> TransformerBlock:
     """A block with every parameter drawn, norms and biases too."""
     tower = Tower(layers=LAYERS, width=WIDTH, heads=HEADS, mlp_ratio=mlp_ratio)
-    block = build_block(tower, causal=causal, tp=1, dtype=dtype)
+    block = build_block(tower, Piece(), Build(dtype=dtype), causal=causal)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in block.parameters():

@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from pretrain.config import Objective
 from pretrain.objectives import OBJECTIVES
 from pretrain.objectives.contrastive import contrastive
+from pretrain.sections import Objective
 
 ALONE: dist.ProcessGroup = None  # type: ignore[assignment]  # the kernel takes no group for a process by itself
 

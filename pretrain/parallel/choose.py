@@ -1,0 +1,81 @@
+"""`layout=auto`: the first layout that fits the memory, in order of what it costs in communication and recomputation.
+
+Data parallel ranks with ZeRO come first, from stage 1 to 3; then tensor parallel ones, which should be neighbours; then
+pipeline stages. What fits none of them is tried again with whole layers made again in backward, then with ever smaller
+microbatches as well, which embed everything twice. The choice is a function of the recipe, the number of ranks and the
+memory alone, so every rank makes the same one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import torch
+
+from pretrain.config import Recipe
+from pretrain.errors import RequestError
+from pretrain.parallel.layout import lay_out
+from pretrain.parallel.memory import memory_of
+from pretrain.sections import LayoutConfig
+
+HEADROOM = 0.85  # of the memory: allocators leave gaps, and libraries need some too
+GIB = 1 << 30
+
+
+def with_layout(recipe: Recipe, world: int, memory_gib: float | None = None) -> Recipe:
+    """The recipe with `layout.auto` replaced by a layout that fits; as it is where none is asked for.
+
+    memory_gib: of one device; default `layout.memory_gib`, or what this machine has. Raises RequestError when nothing
+    fits.
+    """
+    if not recipe.layout.auto:
+        return recipe
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    available = memory_gib or recipe.layout.memory_gib or device_memory_gib(recipe.run.device, here)
+    least, smallest = float("inf"), ""
+    for candidate in candidates(recipe, world):
+        try:
+            layout = lay_out(candidate, world)
+        except RequestError:
+            continue
+        needed = max(memory_of(candidate, layout, stage).total for stage in range(layout.pp)) / GIB
+        if needed <= HEADROOM * available:
+            return candidate
+        if needed < least:
+            least, smallest = needed, str(layout)
+    if not smallest:
+        lay_out(next(candidates(recipe, world)), world)  # says why not even the simplest one is right
+    raise RequestError(
+        f"layout=auto: nothing fits {HEADROOM:.0%} of {available:.1f} GiB on {world} rank(s); {smallest} needs least, "
+        f"{least:.1f} GiB: use more ranks, a smaller train.global_batch or model, or layout.offload=true"
+    )
+
+
+def candidates(recipe: Recipe, world: int) -> Iterator[Recipe]:
+    """Layouts to try, the cheapest first; some of them cannot be right."""
+    share = recipe.train.micro_batch or recipe.train.global_batch
+    micro_batches = [recipe.train.micro_batch, *(share >> times for times in range(1, share.bit_length()))]
+    savers = [("none", micro_batches[0]), *(("full", size) for size in micro_batches)]
+    for recompute, micro_batch in savers:
+        for sizes in _sizes(world):
+            chosen = {**recipe.layout.model_dump(), **sizes, "auto": False, "recompute": recompute}
+            train = recipe.train.model_copy(update={"micro_batch": micro_batch})
+            yield recipe.model_copy(update={"layout": LayoutConfig.model_validate(chosen), "train": train})
+
+
+def _sizes(world: int) -> Iterator[dict[str, int | bool]]:
+    powers = [1 << power for power in range(world.bit_length()) if world % (1 << power) == 0]
+    for pp in powers:
+        for tp in powers:
+            if tp <= 8 and tp * pp <= world:
+                for zero in (1, 2, 3) if pp == 1 else (1,):
+                    for sequence_parallel in (True, False) if tp > 1 else (False,):
+                        yield {"tp": tp, "pp": pp, "zero": zero, "sequence_parallel": sequence_parallel}
+
+
+def device_memory_gib(device: str, ranks: int) -> float:
+    """Of a card; on CPU the share of the machine's memory that each of so many ranks has."""
+    if device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory / GIB
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB / ranks

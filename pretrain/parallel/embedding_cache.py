@@ -1,0 +1,127 @@
+"""A step of a dual encoder: the loss ties all samples of the global batch together, so it needs all embeddings first.
+
+With one microbatch and no stages one pass has them. Otherwise a first pass embeds the microbatches without gradients,
+the loss and its gradient with respect to the embeddings are computed once over all ranks, and a second pass
+backpropagates sum <embedding, gradient> (gradient caching, Gao et al. 2021). All give the gradients of one process on
+the whole batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from data_pipeline import Batch
+from pretrain.models.dual import DualEncoder
+from pretrain.objectives import OBJECTIVES
+from pretrain.parallel.groups import Ranks
+from pretrain.parallel.pipeline import Pipeline
+from pretrain.parallel.rows import own_rows
+from pretrain.parallel.zero import Zero
+from pretrain.sections import Objective
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The weighted sum of all objectives, and each by its name; the factor on similarities of a dual encoder."""
+
+    loss: float
+    losses: dict[str, float]
+    logit_scale: float | None = None
+
+
+@dataclass
+class JointLoss:
+    """The objectives over the embeddings of all ranks; a loss above `limit` makes the step change nothing."""
+
+    objectives: Sequence[Objective]
+    ranks: Ranks
+    backend: str
+    limit: float = math.inf
+
+    def __call__(self, outputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, Outcome]:
+        """The loss to backpropagate, and what to report; the same on all ranks that have embeddings."""
+        rows = {name: own_rows(value, self.ranks.same_rows_group) for name, value in outputs.items()}
+        total = torch.zeros((), device=self.ranks.device)
+        losses: dict[str, float] = {}
+        for objective in self.objectives:
+            loss = OBJECTIVES[objective.name](rows, objective, self.ranks.all_rows_group, self.backend)
+            losses[objective.name] = float(loss.detach())
+            total = total + objective.weight * loss
+        outcome = Outcome(float(total.detach()), losses, float(outputs["logit_scale"].detach()))
+        if outcome.loss > self.limit:
+            total = total * math.nan  # gradients that are not finite change nothing, on any rank
+        return total, outcome
+
+
+def step_at_once(zero: Zero, batch: Batch, loss_of: JointLoss) -> Outcome:
+    """One microbatch: an ordinary step."""
+    loss, outcome = loss_of(zero.forward(batch.image, batch.text))
+    zero.backward(loss)
+    return outcome
+
+
+def step_with_cache(zero: Zero, parts: Sequence[Batch], loss_of: JointLoss) -> Outcome:
+    """Several microbatches, without stages."""
+    with torch.no_grad():
+        passes = [zero.forward(part.image, part.text) for part in parts]
+    # embeddings [n, E] are joined over microbatches; scalars are the same in each
+    cached = {
+        name: (torch.cat([each[name] for each in passes]) if value.ndim else value).requires_grad_()
+        for name, value in passes[0].items()
+    }
+    loss, outcome = loss_of(cached)
+    loss.backward()
+    shares = {
+        name: gradient.split([len(part) for part in parts]) if gradient.ndim else [gradient / len(parts)] * len(parts)
+        for name, gradient in _gradients(cached).items()
+    }
+    for number, part in enumerate(parts):
+        again = zero.forward(part.image, part.text)
+        zero.backward(torch.stack([(again[name] * share[number]).sum() for name, share in shares.items()]).sum())
+    return outcome
+
+
+def step_in_stages(
+    zero: Zero, pipeline: Pipeline, parts: Sequence[Batch], lengths: Mapping[str, int], loss_of: JointLoss
+) -> Outcome:
+    """With pipeline stages: each tower is a pipeline of its own, run one after the other on the same stages.
+
+    lengths: of the sequence of each tower. The embeddings meet on the last stage, where the learned scalars are too.
+    """
+    model, ranks = zero.model, loss_of.ranks
+    assert isinstance(model, DualEncoder)
+    towers = {
+        "image": (model.vision, [(part.image,) for part in parts], lengths["vision"]),
+        "text": (model.text, [(part.text,) for part in parts], lengths["text"]),
+    }
+    embedded = {name: pipeline.outputs(*tower) for name, tower in towers.items()}
+    told = torch.zeros(2 + len(loss_of.objectives), dtype=torch.float64, device=ranks.device)
+    shares: dict[str, tuple[torch.Tensor, ...]] = {}
+    with zero.gathering():
+        if ranks.is_last_stage:
+            cached = {name: torch.cat(each).requires_grad_() for name, each in embedded.items()}
+            loss, outcome = loss_of({**cached, **model.logits_settings()})
+            loss.backward()
+            sizes = [len(part) for part in parts]
+            shares = {name: gradient.split(sizes) for name, gradient in _gradients(cached).items()}
+            told = torch.tensor([outcome.loss, outcome.logit_scale, *outcome.losses.values()]).to(told)
+        for name, tower in towers.items():
+            pipeline.backpropagate(*tower, partial(_inner_product, shares.get(name, ())))
+    total, scale, *losses = ranks.from_last_stage(told).tolist()
+    names = [objective.name for objective in loss_of.objectives]
+    return Outcome(total, dict(zip(names, losses, strict=True)), scale)
+
+
+def _inner_product(shares: Sequence[torch.Tensor], number: int, embedding: torch.Tensor) -> torch.Tensor:
+    """The part of the loss that a microbatch's embeddings stand for: its gradient with respect to them is a share."""
+    return (embedding * shares[number]).sum()
+
+
+def _gradients(cached: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Of what the loss has read."""
+    return {name: value.grad for name, value in cached.items() if value.grad is not None}

@@ -1,0 +1,78 @@
+"""layout=auto: the cheapest layout that fits, the same on every rank, and a sentence when nothing does."""
+
+from __future__ import annotations
+
+import pytest
+
+from pretrain.config import Recipe, load_recipe
+from pretrain.errors import RequestError
+from pretrain.parallel.choose import HEADROOM, with_layout
+from pretrain.parallel.layout import lay_out
+from pretrain.parallel.memory import memory_of
+
+LARGE = [
+    "layout=auto",
+    "train.precision=bf16",
+    "train.global_batch=4096",
+    "model.vision={layers: 24, width: 1024, heads: 16, image_size: 224, patch: 14}",
+    "model.text={layers: 12, width: 768, heads: 12, context: 80, vocab_size: 49408}",
+    "model.embed_dim=768",
+]
+
+
+def recipe(*overrides: str) -> Recipe:
+    return load_recipe("quickstart", [*LARGE, *overrides])
+
+
+def total_gib(chosen: Recipe, world: int) -> float:
+    layout = lay_out(chosen, world)
+    return max(memory_of(chosen, layout, stage).total for stage in range(layout.pp)) / (1 << 30)
+
+
+def test_what_is_not_asked_for_is_left_alone() -> None:
+    plain = load_recipe("quickstart", ["layout.tp=2"])
+    assert with_layout(plain, 2) is plain
+
+
+def test_a_small_model_needs_nothing_special() -> None:
+    chosen = with_layout(load_recipe("quickstart", ["layout=auto"]), 4, memory_gib=16)
+    assert (chosen.layout.zero, chosen.layout.tp, chosen.layout.pp, chosen.layout.recompute) == (1, 1, 1, "none")
+    assert not chosen.layout.auto
+    assert chosen.train.micro_batch is None
+
+
+@pytest.mark.parametrize("world", [1, 8, 64])
+@pytest.mark.parametrize("memory_gib", [16.0, 40.0, 80.0])
+def test_the_choice_fits_and_a_larger_card_is_never_worse(world: int, memory_gib: float) -> None:
+    chosen = with_layout(recipe(), world, memory_gib)
+    assert total_gib(chosen, world) <= HEADROOM * memory_gib
+    roomy = with_layout(recipe(), world, 4 * memory_gib)
+    savings = ("none", "selective", "full")
+    assert savings.index(roomy.layout.recompute) <= savings.index(chosen.layout.recompute)
+    assert lay_out(roomy, world).microbatches <= lay_out(chosen, world).microbatches
+
+
+def test_a_model_too_large_for_a_card_is_cut() -> None:
+    """20 B parameters on 64 cards of 80 GiB: the state alone is 320 GB of fp32 numbers."""
+    towers = [
+        "model.vision={layers: 48, width: 4096, heads: 32, image_size: 224, patch: 14}",
+        "model.text={layers: 48, width: 4096, heads: 32, context: 80, vocab_size: 49408}",
+    ]
+    chosen = with_layout(recipe(*towers), 64, 80.0)
+    assert chosen.layout.zero >= 2 or chosen.layout.tp * chosen.layout.pp > 1
+    assert total_gib(chosen, 64) <= HEADROOM * 80
+
+
+def test_what_fits_nowhere_is_refused_with_what_it_needs() -> None:
+    with pytest.raises(RequestError, match=r"nothing fits 85% of 1\.0 GiB on 2 rank\(s\).*needs least.*layout.offload"):
+        with_layout(recipe(), 2, 1.0)
+
+
+def test_a_mistake_beside_the_layout_is_told_as_such() -> None:
+    with pytest.raises(RequestError, match=r"train\.global_batch is 7, which does not divide"):
+        with_layout(recipe("train.global_batch=7"), 3, 80.0)
+
+
+def test_the_memory_can_be_said_in_the_recipe() -> None:
+    with pytest.raises(RequestError, match=r"85% of 0\.5 GiB"):
+        with_layout(load_recipe("quickstart", [*LARGE, "layout={auto: true, memory_gib: 0.5}"]), 1)

@@ -1,0 +1,123 @@
+"""Steps that change nothing are counted, and end a run when too many come in a row."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from layout_cases import made_up_batch, recipe_of
+from ranks import run_ranks
+
+from pretrain.errors import WeftError
+from pretrain.guard import LEAST, Guard
+from pretrain.parallel.build import build_model
+from pretrain.parallel.engine import Engine, Stepped
+from pretrain.parallel.groups import start_ranks, stop_ranks
+from pretrain.parallel.layout import lay_out
+from pretrain.sections import Train
+
+RUN = Path("runs/some")
+
+
+def stepped(loss: float = 1.0, grad_norm: float = 1.0) -> Stepped:
+    return Stepped(loss, {"contrastive": loss}, grad_norm, 14.3)
+
+
+def test_a_run_ends_after_too_many_bad_steps_in_a_row() -> None:
+    guard = Guard(Train(max_skipped=2), RUN)
+    for step, norm in enumerate([1.0, math.inf, math.nan, 1.0, math.inf, math.inf]):
+        guard.judge(stepped(grad_norm=norm), step)
+    assert guard.skipped == 4
+    with pytest.raises(WeftError, match=r"step 7: loss nan, gradient norm inf, and the last 3 step.*runs/some/checkp"):
+        guard.judge(stepped(math.nan, math.inf), 7)
+
+
+def test_none_is_allowed_where_the_recipe_says_so() -> None:
+    with pytest.raises(WeftError, match="step 1:"):
+        Guard(Train(max_skipped=0), RUN).judge(stepped(grad_norm=math.inf), 1)
+
+
+def test_a_spike_is_measured_against_the_losses_of_late() -> None:
+    guard = Guard(Train(spike=3.0), RUN)
+    for step in range(LEAST):
+        assert guard.loss_limit == math.inf
+        guard.judge(stepped(loss=2.0 + step % 3), step)
+    assert guard.loss_limit == pytest.approx(3.0 * 3.0)
+    for step in range(200):
+        guard.judge(stepped(loss=1.0), step)
+    assert guard.loss_limit == pytest.approx(3.0), "the first losses are forgotten"
+    guard.judge(stepped(loss=50.0, grad_norm=math.inf), 300)
+    assert guard.loss_limit == pytest.approx(3.0), "a step that changed nothing is no measure"
+    assert Guard(Train(), RUN).loss_limit == math.inf
+
+
+def test_what_it_remembers_survives_a_stop() -> None:
+    guard = Guard(Train(spike=3.0, max_skipped=2), RUN)
+    for step in range(LEAST):
+        guard.judge(stepped(loss=2.0), step)
+    for _ in range(2):
+        guard.judge(stepped(loss=50.0, grad_norm=math.inf), LEAST)
+    again = Guard(Train(spike=3.0, max_skipped=2), RUN, json.loads(json.dumps(guard.memory())))
+    assert (again.loss_limit, again.skipped) == (6.0, 2)
+    with pytest.raises(WeftError, match="the last 3 step"):
+        again.judge(stepped(loss=50.0, grad_norm=math.inf), LEAST)
+
+
+CASES: dict[int, list[tuple[str, list[str]]]] = {
+    1: [
+        ("contrastive", ["layout.zero=0"]),
+        ("contrastive", ["layout.zero=1"]),
+        ("contrastive", ["train.precision=bf16"]),
+        ("contrastive", ["train.micro_batch=4"]),
+        ("caption", ["train.micro_batch=4"]),
+    ],
+    2: [
+        ("contrastive", ["layout.zero=2"]),
+        ("contrastive", ["layout.zero=3"]),
+        ("contrastive", ["layout.tp=2"]),
+        ("contrastive", ["layout.pp=2", "train.micro_batch=4"]),
+        ("caption", ["layout.zero=3", "train.micro_batch=4"]),
+        ("caption", ["layout.pp=2", "train.micro_batch=4"]),
+    ],
+}
+
+
+def train_with_bad_steps(rank: int, world: int) -> list[list[list[float]]]:
+    """Of each case: [whether it updated, gradient norm, loss] of a good step, a spike, a poisoned and a good step."""
+    found = []
+    for model, overrides in CASES[world]:
+        recipe = recipe_of(model, overrides)
+        layout = lay_out(recipe, world)
+        ranks = start_ranks(layout, torch.device("cpu"))
+        engine = Engine(build_model(recipe, layout, ranks), recipe, layout, ranks)
+        first = ranks.dp_rank * layout.share
+        batch = made_up_batch(0).rows(slice(first, first + layout.share))
+        steps = [engine.step(batch, 1e-3)]
+        steps.append(engine.step(batch, 1e-3, loss_limit=0.01))
+        if layout.zero < 3:  # there a parameter is a piece that is gathered when it is used
+            parameter = next(engine.model.parameters()).data
+            kept = parameter.clone()
+            parameter.fill_(math.nan)
+            steps.append(engine.step(batch, 1e-3))
+            parameter.copy_(kept)
+        steps.append(engine.step(batch, 1e-3))
+        found.append([[float(each.updated), each.grad_norm, each.loss] for each in steps])
+        engine.close()
+        stop_ranks(ranks)
+    return found
+
+
+@pytest.mark.parametrize("world", CASES)
+def test_a_bad_step_changes_nothing_under_any_layout(world: int) -> None:
+    for rank in run_ranks(train_with_bad_steps, world, timeout=200):
+        for case, (good, spike, *poisoned, after) in zip(CASES[world], rank, strict=True):
+            assert good[0] == 1, case
+            assert spike[0] == 0, f"{case}: a loss above the limit"
+            assert [each[0] for each in poisoned] == [0.0] * len(poisoned), f"{case}: nan in a weight"
+            assert after[0] == 1, case
+            # the batch is the same: had one of the bad steps moved anything, it would not be one good step further
+            assert spike[2] == pytest.approx(after[2], abs=1e-5), case
+            assert after[2] < good[2], case
