@@ -1,12 +1,13 @@
-# make demo   environment, quickstart training, report         make test   the whole suite
-# make lint   ruff and mypy                                     make clean  remove what the others made
+# make demo   environment, quickstart training, report      make test      the suite
+# make lint   ruff and mypy                                 make test-all  with the slow tests, as CI does
+# make clean  remove what the others made
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all test-pretrain test-data test-kernels test-triton test-slow-pretrain test-slow-data lint clean
 
 # The environment. A range that admits a newer torch would pull gigabytes of CUDA packages on a machine
 # without a GPU; pyproject.toml bounds it.
@@ -23,8 +24,37 @@ demo: $(READY) data/scenes/train/index.json
 data/scenes/train/index.json: | $(READY)
 	$(BIN)/weft data synth data/scenes
 
+# Two at a time: most tests wait as much as they work. Output comes when a part has ended.
+PARTS := $(MAKE) --jobs 2 --keep-going --output-sync=target
+QUICK := test-pretrain test-data test-kernels test-triton
+
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	$(PARTS) $(QUICK)
+
+test-all: $(READY)
+	$(PARTS) $(QUICK) test-slow-pretrain test-slow-data
+
+$(QUICK) test-slow-pretrain test-slow-data: export OMP_NUM_THREADS = 1
+
+test-pretrain: $(READY)
+	$(BIN)/python -m pytest -q -m "not slow" tests/pretrain
+
+test-data: $(READY)
+	$(BIN)/python -m pytest -q -m "not slow" tests --ignore tests/kernels --ignore tests/pretrain
+
+test-slow-pretrain: $(READY)
+	$(BIN)/python -m pytest -q -m slow tests/pretrain
+
+test-slow-data: $(READY)
+	$(BIN)/python -m pytest -q -m slow tests --ignore tests/kernels --ignore tests/pretrain
+
+test-kernels: $(READY)
+	$(BIN)/python -m pytest -q tests/kernels --ignore tests/kernels/interpreter --ignore tests/kernels/ahead_of_time
+
+# Triton is an interpreter or a compiler from its import on: a process for each.
+test-triton: $(READY)
+	$(BIN)/python -m pytest -q tests/kernels/interpreter
+	$(BIN)/python -m pytest -q tests/kernels/ahead_of_time
 
 lint: $(READY)
 	$(BIN)/ruff check .

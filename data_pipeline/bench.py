@@ -40,7 +40,8 @@ from PIL import Image
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader
 
-from data_pipeline.loader import BatchMaker, Loader
+from data_pipeline.batch import BatchMaker
+from data_pipeline.loader import Loader
 from data_pipeline.order import Order
 from data_pipeline.reader import open_dataset
 from data_pipeline.sample import Sample
@@ -161,7 +162,7 @@ def bench_loader(
     steps = max(1, round(SAMPLES / (batch * processes))) * processes  # each worker makes as many batches
     with tempfile.TemporaryDirectory(prefix="weft-bench-") as name:
         folder = Path(name) / "shards"
-        make = partial(_photograph, seed=seed, width=width, height=height)
+        make = partial(photograph, seed=seed, width=width, height=height)
         write_shards(images, make, folder, samples_per_shard=images // processes)
         dataset = open_dataset(folder)
         jpegs = [dataset.read(number).fields["jpg"] for number in range(images)]
@@ -294,7 +295,7 @@ def _decode(jpegs: list[bytes], size: int, numbers: range) -> None:
         _fast(jpegs[number % len(jpegs)], size)
 
 
-def _photograph(number: int, seed: int, width: int, height: int) -> Sample:
+def photograph(number: int, seed: int, width: int, height: int) -> Sample:
     """A JPEG with the spectrum of a photograph, as a sample."""
     generator = np.random.default_rng([seed, number])
     frequencies = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])

@@ -7,3 +7,14 @@ the caller's to mend. `DataError` says that bytes on disk are not what they shou
 
 class DataError(ValueError):
     """Bad data: one sentence that names the file and, where it is known, the byte."""
+
+
+class DamagedSampleError(DataError):
+    """The bytes of one sample are not those that were indexed; others of its shard may be."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(key, message)
+        self.key = key
+
+    def __str__(self) -> str:
+        return str(self.args[1])

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -101,6 +103,7 @@ class ShardTable:
     offset: np.ndarray  # int64 [fields]: byte in the tar
     size: np.ndarray  # int64 [fields]: bytes
     field: np.ndarray  # int32 [fields]: into field_names
+    crc: np.ndarray  # uint32 [fields]: CRC-32 of the bytes
     key_end: np.ndarray  # int64 [samples]: where each key ends in `keys`
     keys: np.ndarray  # uint8 [bytes of all keys]: UTF-8, one after another
     field_names: tuple[str, ...]
@@ -112,6 +115,11 @@ class ShardTable:
         """The key of the shard's sample number `sample`."""
         start = int(self.key_end[sample - 1]) if sample else 0
         return self.keys[start : int(self.key_end[sample])].tobytes().decode("utf-8", "surrogatepass")
+
+    def crcs(self, sample: int) -> list[int]:
+        """The checksum of each field of the shard's sample number `sample`, in file order."""
+        checksums: list[int] = self.crc[int(self.first[sample]) : int(self.first[sample + 1])].tolist()
+        return checksums
 
     def places(self, sample: int) -> list[tuple[str, int, int]]:
         """(field name, offset, size) of each field of the shard's sample number `sample`, in file order."""
@@ -185,6 +193,7 @@ def index_shard(path: Path) -> ShardEntry:
             offset=table.offset,
             size=table.size,
             field=table.field,
+            crc=table.crc,
             key_end=table.key_end,
             keys=table.keys,
             field_names=np.frombuffer(json.dumps(table.field_names).encode(), np.uint8),
@@ -224,6 +233,7 @@ def read_table(path: Path) -> ShardTable:
         offset=np.array(offsets, np.int64),
         size=np.array(sizes, np.int64),
         field=np.array(fields, np.int32),
+        crc=np.array(_checksums(path, offsets, sizes), np.uint32),
         key_end=np.cumsum([len(key) for key in encoded], dtype=np.int64),
         keys=np.frombuffer(b"".join(encoded), np.uint8),
         field_names=tuple(numbers),
@@ -235,18 +245,36 @@ def load_table(path: Path, entry: ShardEntry) -> ShardTable:
     stored = table_path(path)
     try:
         with np.load(stored, allow_pickle=False) as arrays:
+            if "crc" not in arrays:
+                raise DataError(f"{stored} was made by an earlier version, without checksums: {_rebuild(path.parent)}")
             checksum = arrays["checksum"].tobytes().decode()
             table = ShardTable(
-                **{name: arrays[name] for name in ("first", "offset", "size", "field", "key_end", "keys")},
+                **{name: arrays[name] for name in ("first", "offset", "size", "field", "crc", "key_end", "keys")},
                 field_names=tuple(json.loads(arrays["field_names"].tobytes())),
             )
     except FileNotFoundError as error:
         raise DataError(f"{stored} is missing: {_rebuild(path.parent)}") from error
+    except DataError:
+        raise
     except (ValueError, KeyError, EOFError, BadZipFile) as error:
         raise DataError(f"{stored} is damaged ({error}): {_rebuild(path.parent)}") from error
     if checksum != entry.checksum or len(table) != entry.samples:
         raise DataError(f"{stored} describes another tar than {INDEX_FILE} does: {_rebuild(path.parent)}")
     return table
+
+
+def _checksums(path: Path, offsets: list[int], sizes: list[int]) -> list[int]:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
+        return [zlib.crc32(buffer[at : at + size]) for at, size in zip(offsets, sizes, strict=True)]
+
+
+def shares_by_shard(index: Index, ranks: int, workers: int) -> list[list[int]]:
+    """Samples that each worker of each rank gets where whole shards are dealt out in turn, as plain `webdataset` does.
+
+    Ours deals out positions and not shards: there every rank has the same, whatever the shards hold.
+    """
+    shards = [shard.samples for shard in index.shards]
+    return [[sum(shards[rank::ranks][worker::workers]) for worker in range(workers)] for rank in range(ranks)]
 
 
 def checksum_of(path: Path) -> str:

@@ -19,11 +19,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import isqrt
+from typing import Protocol
 
 import numpy as np
 
 ROUNDS = 10
 LARGEST = 1 << 62  # positions and ids are int64
+
+
+class ReadingOrder(Protocol):
+    """What a loader needs to know: Order, BlockOrder and Mixture are three."""
+
+    @property
+    def samples(self) -> int:
+        """How many different samples there are."""
+
+    def sample_ids(self, positions: np.ndarray) -> np.ndarray:
+        """Sample ids at positions, both int64 [...]."""
+
+    def epochs(self, positions: np.ndarray) -> np.ndarray:
+        """How often the sample at each position has been read before, int64 [...]; draws depend on it."""
 
 
 @dataclass(frozen=True)
@@ -41,44 +56,51 @@ class Order:
         if not 1 <= self.samples < LARGEST:
             raise ValueError(f"an order needs 1 to 2^62 samples, not {self.samples}")
 
-    def epoch(self, position: int) -> int:
-        """The epoch that a position lies in."""
-        return position // self.samples
+    def epochs(self, positions: np.ndarray) -> np.ndarray:
+        """The epoch that each position lies in, int64."""
+        return np.asarray(positions, dtype=np.int64) // self.samples
 
     def sample_ids(self, positions: np.ndarray) -> np.ndarray:
         """Sample ids (int64, the shape of `positions`) at int64 positions; ValueError for a negative one."""
-        positions = np.asarray(positions, dtype=np.int64)
-        if positions.size and positions.min() < 0:
-            raise ValueError(f"positions count from 0, but {positions.min()} was asked for")
-        epochs, places = np.divmod(positions, self.samples)
+        epochs, places = split(positions, self.samples)
         if not self.shuffle:
             return places
-        keys = _hash(_hash(np.uint64(self.seed % 2**64)) + epochs.astype(np.uint64))
-        return self._permute(places.astype(np.uint64).ravel(), keys.ravel()).astype(np.int64).reshape(positions.shape)
-
-    def _permute(self, places: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """Where each place goes under its key; both uint64 [n]."""
-        places = self._feistel(places, keys)
-        (walking,) = np.nonzero(places >= self.samples)
-        while walking.size:
-            places[walking] = self._feistel(places[walking], keys[walking])
-            walking = walking[places[walking] >= self.samples]
-        return places
-
-    def _feistel(self, places: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """One permutation of 0 .. a b - 1 a key; places and keys uint64 [n]."""
-        a = isqrt(self.samples - 1) + 1
-        b = -(-self.samples // a)
-        radix_left, radix_right = np.uint64(a), np.uint64(b)
-        left: np.ndarray = places // radix_right
-        right: np.ndarray = places % radix_right
-        for number in range(0, ROUNDS, 2):
-            left = (left + _hash(keys + _hash(right + np.uint64(number << 32))) % radix_left) % radix_left
-            right = (right + _hash(keys + _hash(left + np.uint64(number + 1 << 32))) % radix_right) % radix_right
-        return left * radix_right + right
+        keys = mix(mix(np.uint64(self.seed % 2**64)) + epochs.astype(np.uint64))
+        return permute(places.ravel(), keys.ravel(), self.samples).reshape(places.shape)
 
 
-def _hash(numbers: np.ndarray | np.uint64) -> np.ndarray:
+def split(positions: np.ndarray, samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """(epoch, place within it) of each position, int64; ValueError for a negative one."""
+    positions = np.asarray(positions, dtype=np.int64)
+    if positions.size and positions.min() < 0:
+        raise ValueError(f"positions count from 0, but {positions.min()} was asked for")
+    return np.divmod(positions, samples)
+
+
+def permute(places: np.ndarray, keys: np.ndarray, count: int) -> np.ndarray:
+    """Where each place goes in the permutation of 0 .. count - 1 under its key; int64, uint64 -> int64, all [n]."""
+    moved = _feistel(places.astype(np.uint64), keys, count)
+    (walking,) = np.nonzero(moved >= count)
+    while walking.size:
+        moved[walking] = _feistel(moved[walking], keys[walking], count)
+        walking = walking[moved[walking] >= count]
+    return moved.astype(np.int64)
+
+
+def _feistel(places: np.ndarray, keys: np.ndarray, count: int) -> np.ndarray:
+    """One permutation of 0 .. a b - 1 a key; places and keys uint64 [n]."""
+    a = isqrt(count - 1) + 1
+    b = -(-count // a)
+    radix_left, radix_right = np.uint64(a), np.uint64(b)
+    left: np.ndarray = places // radix_right
+    right: np.ndarray = places % radix_right
+    for number in range(0, ROUNDS, 2):
+        left = (left + mix(keys + mix(right + np.uint64(number << 32))) % radix_left) % radix_left
+        right = (right + mix(keys + mix(left + np.uint64(number + 1 << 32))) % radix_right) % radix_right
+    return left * radix_right + right
+
+
+def mix(numbers: np.ndarray | np.uint64) -> np.ndarray:
     """The finaliser of SplitMix64: uint64 -> uint64 of the same shape, every bit depending on every bit."""
     mixed = np.atleast_1d(numbers) + np.uint64(0x9E3779B97F4A7C15)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

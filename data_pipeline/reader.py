@@ -1,36 +1,40 @@
-"""Random access to the samples of a folder of shards: `open_dataset(path).read(i)`.
+"""Random access to the samples of a folder of shards, here or at a URL: `open_dataset(path).read(i)`.
 
 Design choices:
-- A sample is one positioned read: its fields lie side by side in the tar, from its first byte to its last.
-- pread and not mmap: when a file shrinks under an mmap the process dies of SIGBUS, where a short read is an error
-  that names the shard. There is no seek position, so forked workers may share the descriptors.
-- Files are opened when first read, at most `MOST_OPEN` at a time. Tables of offsets stay, at some 100 bytes a sample.
+- A sample is one positioned read: its fields lie side by side in the tar, from its first byte to its last. Who reads
+  is the folder's affair: files.py here, remote.py at a URL.
+- Every field read is held against its checksum in the table: bytes that changed are found when they are used.
+- Tables of offsets stay once read, at some 100 bytes a sample.
 """
 
 from __future__ import annotations
 
-import os
+import zlib
 from bisect import bisect_right
-from collections import OrderedDict
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_pipeline.errors import DataError
-from data_pipeline.index import Index, ShardTable, load_index, load_table
-from data_pipeline.order import Order
+from data_pipeline.errors import DamagedSampleError, DataError
+from data_pipeline.files import LocalFiles
+from data_pipeline.index import Index, ShardTable, load_index
+from data_pipeline.order import ReadingOrder
+from data_pipeline.remote import Cache, RemoteFiles, is_url, open_remote
 from data_pipeline.sample import Sample
 
-MOST_OPEN = 256  # descriptors; the usual limit of a process is 1024
+CACHE = Cache(Path.home() / ".cache" / "weft")  # for data sets at a URL
 
 
-def open_dataset(path: str | Path) -> Dataset:
-    """The data set in the folder `path`, indexed now if it has no index.
+def open_dataset(path: str | Path, cache: Cache = CACHE) -> Dataset:
+    """The data set in the folder `path`, or at the URL, indexed now if it has no index.
 
     Raises FileNotFoundError when there is no folder or no tar in it, DataError when index and shards disagree.
     """
+    if is_url(path):
+        files, index = open_remote(str(path), cache)
+        return Dataset(files, index)
     folder = Path(path)
     return Dataset(folder, load_index(folder))
 
@@ -38,12 +42,21 @@ def open_dataset(path: str | Path) -> Dataset:
 class Dataset:
     """Samples 0 to len - 1 of a folder of shards; picklable, and safe to use in forked processes."""
 
-    def __init__(self, folder: Path, index: Index) -> None:
-        self.folder = folder
+    def __init__(self, source: Path | RemoteFiles, index: Index) -> None:
+        self.files = LocalFiles(source) if isinstance(source, Path) else source
         self.index = index
         self._first = [0, *accumulate(shard.samples for shard in index.shards)]  # sample id each shard starts at
         self._tables: dict[int, ShardTable] = {}
-        self._open: OrderedDict[int, int] = OrderedDict()  # shard number -> descriptor, least recently used first
+
+    @property
+    def folder(self) -> Path | str:
+        """Where it is: a folder, or the URL."""
+        return self.files.folder if isinstance(self.files, LocalFiles) else self.files.url
+
+    @property
+    def source(self) -> Path | RemoteFiles:
+        """What another data set of the same files is made of."""
+        return self.files.folder if isinstance(self.files, LocalFiles) else self.files
 
     def __len__(self) -> int:
         return self.index.samples
@@ -52,6 +65,10 @@ class Dataset:
     def fingerprint(self) -> str:
         """sha256 (hex) of what is in the shards; see `Index.fingerprint`."""
         return self.index.fingerprint
+
+    def alike(self, sample: int) -> range:
+        """The ids of samples that may stand for this one when it cannot be used: all of its source."""
+        return range(len(self))
 
     def locate(self, sample: int) -> tuple[int, int]:
         """(shard number, number of the sample in that shard); IndexError outside 0 .. len - 1."""
@@ -70,50 +87,61 @@ class Dataset:
         return self.index.shards[self.locate(sample)[0]].file
 
     def read(self, sample: int) -> Sample:
-        """The sample's key and bytes; DataError when the shard no longer holds what its index says."""
+        """The sample's key and bytes.
+
+        Raises DataError when the shard is not there or ends before, DamagedSampleError when its bytes changed.
+        """
         shard, offset = self.locate(sample)
-        table = self._table(shard)
-        places = table.places(offset)
+        table, file = self._table(shard), self.index.shards[shard].file
+        key, places, checksums = table.key(offset), table.places(offset), table.crcs(offset)
         start = places[0][1]
         length = places[-1][1] + places[-1][2] - start
-        data = os.pread(self._descriptor(shard), length, start)
+        data = self.files.read(file, start, length)
+        damaged = _first_damaged(data, start, places, checksums)
+        if damaged:
+            self.files.forget(file, start, length)  # it may have been damaged on its way here
+            data = self.files.read(file, start, length)
+            damaged = _first_damaged(data, start, places, checksums)
         if len(data) < length:
-            path = self.folder / self.index.shards[shard].file
-            raise DataError(f"{path} is truncated: sample {table.key(offset)!r} should end at byte {start + length}")
-        return Sample(table.key(offset), {name: data[at - start : at - start + size] for name, at, size in places})
+            raise DataError(f"{self.folder}/{file} is truncated: sample {key!r} should end at byte {start + length}")
+        if damaged:
+            name, at, size = damaged
+            raise DamagedSampleError(
+                key,
+                f"{self.folder}/{file} is damaged: bytes {at} to {at + size - 1}, its {name!r}, changed since indexed",
+            )
+        return Sample(key, {name: data[at - start : at - start + size] for name, at, size in places})
 
     def close(self) -> None:
         """Close every file; the next read opens what it needs."""
-        while self._open:
-            os.close(self._open.popitem()[1])
+        self.files.close()
 
     def _table(self, shard: int) -> ShardTable:
         if shard not in self._tables:
             entry = self.index.shards[shard]
-            self._tables[shard] = load_table(self.folder / entry.file, entry)
+            self._tables[shard] = self.files.table(entry)
         return self._tables[shard]
 
-    def _descriptor(self, shard: int) -> int:
-        if shard in self._open:
-            self._open.move_to_end(shard)
-            return self._open[shard]
-        if len(self._open) >= MOST_OPEN:
-            os.close(self._open.popitem(last=False)[1])
-        self._open[shard] = os.open(self.folder / self.index.shards[shard].file, os.O_RDONLY | os.O_CLOEXEC)
-        return self._open[shard]
-
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "index": self.index}
+        return {"source": self.source, "index": self.index}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["folder"], state["index"])  # type: ignore[misc]  # state is the constructor's arguments
-
-    def __del__(self) -> None:
-        if hasattr(self, "_open"):
-            self.close()
+        self.__init__(state["source"], state["index"])  # type: ignore[misc]  # state is the constructor's arguments
 
 
-def read_order(dataset: Dataset, order: Order, start: int, count: int) -> list[dict[str, Any]]:
+def _first_damaged(
+    data: bytes, start: int, places: list[tuple[str, int, int]], checksums: list[int]
+) -> tuple[str, int, int] | None:
+    """The first place whose bytes in `data`, which begins at byte `start`, do not have their checksum."""
+    whole = memoryview(data)
+    for place, checksum in zip(places, checksums, strict=True):
+        at = place[1] - start
+        if zlib.crc32(whole[at : at + place[2]]) != checksum:
+            return place
+    return None
+
+
+def read_order(dataset: Dataset, order: ReadingOrder, start: int, count: int) -> list[dict[str, Any]]:
     """What a run reads at positions start .. start + count - 1 of the order, one row a sample.
 
     Rows hold position, epoch, sample (id), shard (file), offset (number in the shard) and key.
@@ -125,7 +153,7 @@ def read_order(dataset: Dataset, order: Order, start: int, count: int) -> list[d
         rows.append(
             {
                 "position": position,
-                "epoch": position // order.samples,
+                "epoch": position // len(dataset),
                 "sample": sample,
                 "shard": dataset.index.shards[shard].file,
                 "offset": offset,

@@ -198,7 +198,7 @@ def _some_samples(dataset: Dataset, limit: int) -> Iterator[Sample | None]:
     drawn = np.sort(Order(len(dataset), seed=0).sample_ids(np.arange(count))).tolist()
     for shard, places in groupby(map(dataset.locate, drawn), key=lambda place: place[0]):
         # a reader of this shard alone, so that its table of offsets goes when it is done
-        reader = Dataset(dataset.folder, Index((dataset.index.shards[shard],)))
+        reader = Dataset(dataset.source, Index((dataset.index.shards[shard],)))
         for _, offset in places:
             try:
                 yield reader.read(offset)

@@ -1,4 +1,4 @@
-"""A decoded image to model input, a text to token ids; and where every random draw of them comes from.
+"""A decoded image to model input, texts to token ids; and where every random draw of them comes from.
 
 Design choices:
 - Everything stays uint8: float normalisation happens on the trainer's device, where a batch is four times larger.
@@ -18,6 +18,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+
+from data_pipeline.errors import DataError
+from data_pipeline.sample import Sample
 
 LOG_ASPECT = math.log(4 / 3)  # a random crop's sides differ by 3/4 to 4/3 (Szegedy et al. 2015, section 6)
 
@@ -42,6 +45,7 @@ class ImageTransform:
 
     Evaluation (no generator) keeps the centre square. In training a crop of `crop_scale` (smallest, largest) of the
     image's area is taken at random, with sides 3/4 to 4/3 of each other; (1, 1) means the centre square there too.
+    Where a batch has another shape than a square (buckets.py), all of this is said of that shape.
     `flip` mirrors every second image: not for captions that say left and right.
     Raises ValueError when size or crop_scale make no sense.
     """
@@ -65,20 +69,20 @@ class ImageTransform:
     def __call__(
         self, image: np.ndarray, generator: np.random.Generator | None, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """uint8 [height, width, 3] -> uint8 [3, size, size], in `out` when given; generator None = evaluation."""
+        """uint8 [height, width, 3] -> uint8 [3, size, size], or into `out` [3, H, W]; generator None = evaluation."""
         height, width = image.shape[:2]
-        if generator is None or self.crop_scale == (1.0, 1.0):
-            side = min(height, width)
-            top, left, rows, columns = (height - side) // 2, (width - side) // 2, side, side
-        else:
-            top, left, rows, columns = _random_crop(height, width, self.crop_scale, generator)
-        crop_1HWC = torch.from_numpy(image)[None, top : top + rows, left : left + columns]
-        crop_1CHW = crop_1HWC.permute(0, 3, 1, 2)
         if out is None:
             out = torch.empty((self.size, self.size, 3), dtype=torch.uint8).permute(2, 0, 1)
+        wanted = (out.shape[1], out.shape[2])
+        if generator is None or self.crop_scale == (1.0, 1.0):
+            top, left, rows, columns = _centre_crop(height, width, wanted)
+        else:
+            top, left, rows, columns = _random_crop(height, width, self.crop_scale, generator, wanted[1] / wanted[0])
+        crop_1HWC = torch.from_numpy(image)[None, top : top + rows, left : left + columns]
+        crop_1CHW = crop_1HWC.permute(0, 3, 1, 2)
         # what interpolate(mode="bilinear", antialias=True) calls; that has no `out`, nor has the type stub of this
         resize: Any = torch._C._nn._upsample_bilinear2d_aa
-        resize(crop_1CHW, (self.size, self.size), False, None, None, out=out[None])
+        resize(crop_1CHW, wanted, False, None, None, out=out[None])
         if self.flip and generator is not None and generator.random() < 0.5:
             out.copy_(out.flip(-1))
         return out
@@ -96,12 +100,47 @@ class TextTransform:
         return self.tokenizer.encode(text, self.context)
 
 
+@dataclass(frozen=True)
+class QuestionTransform:
+    """A question and its answer -> token ids of each."""
+
+    tokenizer: Encoder
+    context: int
+    answer_context: int
+
+    def __call__(self, question: str, answer: str) -> tuple[np.ndarray, np.ndarray]:
+        """(question, answer) -> (int32 [context], int32 [answer_context])."""
+        return self.tokenizer.encode(question, self.context), self.tokenizer.encode(answer, self.answer_context)
+
+
+def questions_and_answers(sample: Sample) -> list[tuple[str, str]]:
+    """Every open question of a sample with its answer, of its json field's "qa" (importers/questions.py); [] = none.
+
+    Raises DataError when they are not of that form.
+    """
+    asked = sample.metadata().get("qa") or []
+    try:
+        pairs = [(each["question"], each["answer"]) for each in asked]
+    except (TypeError, KeyError) as error:
+        raise DataError(f"the json field of sample {sample.key!r} has a qa that is no list of questions") from error
+    if not all(isinstance(text, str) for pair in pairs for text in pair):
+        raise DataError(f"the json field of sample {sample.key!r} has a question or an answer that is not text")
+    return pairs
+
+
+def _centre_crop(height: int, width: int, wanted: tuple[int, int]) -> tuple[int, int, int, int]:
+    """(top, left, rows, columns) of the largest crop of the shape of (height, width) `wanted`, in the middle."""
+    scale = min(height / wanted[0], width / wanted[1])
+    rows, columns = max(1, round(scale * wanted[0])), max(1, round(scale * wanted[1]))
+    return (height - rows) // 2, (width - columns) // 2, rows, columns
+
+
 def _random_crop(
-    height: int, width: int, scale: tuple[float, float], generator: np.random.Generator
+    height: int, width: int, scale: tuple[float, float], generator: np.random.Generator, wanted_aspect: float = 1.0
 ) -> tuple[int, int, int, int]:
     """(top, left, rows, columns) of a crop of random area, aspect and place; cut to what the image has."""
     area = height * width * generator.uniform(*scale)
-    aspect = math.exp(generator.uniform(-LOG_ASPECT, LOG_ASPECT))  # width / height
+    aspect = wanted_aspect * math.exp(generator.uniform(-LOG_ASPECT, LOG_ASPECT))  # width / height
     rows = max(1, min(height, round(math.sqrt(area / aspect))))
     columns = max(1, min(width, round(math.sqrt(area * aspect))))
     top = int(generator.integers(height - rows + 1))

@@ -5,8 +5,7 @@ Design choices:
   its folder below SOURCE is the class: `SOURCE/sea_lion/1.jpg` is "a photo of a sea lion", `SOURCE/big/cat/1.jpg` has
   the class "big cat". An image in SOURCE itself without a .txt is skipped, and so is one whose .txt is empty: somebody
   meant to say something.
-- A class is a caption, and test has no caption of train: with class folders, test holds whole classes. A test share
-  of 0 keeps all of them for training.
+- Test has no caption of train, but for class folders: of a class, some images are held out and the others trained on.
 - Links are followed; every folder is read once, under its own name where it has one in SOURCE, so loops end.
 - Hidden files and folders are left alone.
 """
@@ -14,11 +13,20 @@ Design choices:
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from data_pipeline.errors import DataError
-from data_pipeline.importers.image import image_field
-from data_pipeline.importers.split import Candidate, Imported, refuse_existing, write_split
+from data_pipeline.importers.image import read_image
+from data_pipeline.importers.split import (
+    TEST_SHARE,
+    Candidate,
+    Imported,
+    Provenance,
+    Request,
+    refuse_existing,
+    write_split,
+)
 from data_pipeline.sample import IMAGE_EXTENSIONS, Skipped
 from data_pipeline.shards import Progress
 
@@ -31,23 +39,28 @@ def import_folder(
     source: Path,
     out: Path,
     *,
-    test_share: float = 0.1,
+    licence: str | None = None,
+    test_share: float = TEST_SHARE,
     seed: int = 0,
     processes: int | None = None,
     progress: Progress | None = None,
 ) -> Imported:
     """Write the captioned images below the folder `source` into out/train and out/test.
 
+    `licence` is noted with each sample.
     Raises FileNotFoundError when there is no such folder or no image in it, ValueError when `out` holds a data set or
     the captions cannot be split, DataError when no image has a caption or can be read.
     """
-    refuse_existing(out)
+    request = Request.of("folder", source, licence=licence, test_share=test_share, seed=seed)
+    refuse_existing(out, request)
     if not source.is_dir():
         raise FileNotFoundError(f"there is no folder {source}: give one with {LOOKED_FOR}")
     candidates: list[Candidate] = []
     skipped: list[Skipped] = []
     for folder, below in _folders(source, skipped):
         _take_folder(folder, below, candidates, skipped)
+    origin = source.absolute().name
+    candidates = [replace(each, provenance=Provenance(origin, licence, each.name)) for each in candidates]
     if not candidates and not skipped:
         raise FileNotFoundError(f"no image in {source}: looked there for {LOOKED_FOR}")
     if not candidates:
@@ -60,14 +73,10 @@ def import_folder(
         skipped=skipped,
         test_share=test_share,
         seed=seed,
+        request=request,
         processes=processes,
         progress=progress,
     )
-
-
-def read_image(candidate: Candidate) -> dict[str, bytes]:
-    """The bytes of the file at `candidate.place`, named by what they are."""
-    return image_field(Path(candidate.place).read_bytes())
 
 
 def _folders(source: Path, skipped: list[Skipped]) -> list[tuple[Path, str]]:
@@ -114,7 +123,8 @@ def _take_folder(folder: Path, below: str, candidates: list[Candidate], skipped:
         else:
             reason = "has no .txt beside it and is in no class folder"
         if captions:
-            candidates.append(Candidate(_join(below, name), captions, str(path), metadata))
+            by_class = "label" in metadata
+            candidates.append(Candidate(_join(below, name), captions, str(path), metadata, by_class))
         else:
             skipped.append(Skipped(_join(below, name), reason))
 

@@ -7,14 +7,21 @@ from __future__ import annotations
 
 import io
 import warnings
+from pathlib import Path
 
 from PIL import Image
 
 from data_pipeline.decode import MAX_PIXELS
 from data_pipeline.errors import DataError
+from data_pipeline.importers.split import Candidate
 
 FIELD_OF_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 TOO_LARGE = f"an image of more than {MAX_PIXELS:.0f} pixels"
+
+
+def read_image(candidate: Candidate) -> dict[str, bytes]:
+    """The bytes of the image file at `candidate.place`, named by what they are."""
+    return image_field(Path(candidate.place).read_bytes())
 
 
 def image_field(data: bytes) -> dict[str, bytes]:

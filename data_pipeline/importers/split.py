@@ -1,11 +1,18 @@
 """What every importer shares: hold out captions for the test set, and write OUT/train and OUT/test, or neither.
 
 Design choices:
-- The split is by caption, not by image: samples that share a caption (case, blanks and punctuation aside), directly or
-  through a third, stay together. So no caption of test was seen in training, and the test measures more than memory.
+- A split that the data set was published with is kept (`Candidate.part`), OUT/val included, unless a test share is
+  asked for.
+- Else the split is by caption, not by image: samples that share a caption (case, blanks and punctuation aside),
+  directly or through a third, stay together. So no caption of test was seen in training, and the test measures more
+  than memory.
+- A class is different: its captions say nothing of one image, and a test of classes wants those that were trained. Such
+  samples (`Candidate.by_class`) are drawn one by one, and both sets hold every class of some size.
 - A group's place in the draw is sha256(seed, a caption of it), so more data later does not reshuffle what was there.
 - Samples keep the order of their source; shuffling is the reader's (`data_pipeline.order`).
 - OUT/train appears last: where it is, the import is complete.
+- What was asked for is a `Request`, and it is kept with what was written. The same request again finds its work done;
+  after a kill it goes on. Whether it is the same is told by names, captions and metadata, not by bytes of images.
 - Workers read what to make from files of one shard's size, so a million samples are not sent to each of them.
 """
 
@@ -20,14 +27,40 @@ import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_pipeline.errors import DataError
 from data_pipeline.sample import Sample, Skipped
-from data_pipeline.shards import SAMPLES_PER_SHARD, Progress, Written, write_shards
+from data_pipeline.shards import SAMPLES_PER_SHARD, Origin, Progress, Written, read_origin, write_shards
+
+PARTS = ("val", "test", "train")  # in the order in which they are written
+TEST_SHARE = 0.1  # where no split was published and none is asked for
+
+
+class Provenance(NamedTuple):
+    """Where a sample comes from: the data set, its licence where that is known, and what the sample is called there."""
+
+    source: str
+    licence: str | None
+    id: str | int
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an importer was asked for: everything that changes what it writes, in words that JSON can hold."""
+
+    importer: str
+    source: str
+    options: dict[str, str | int | float | None]
+
+    @classmethod
+    def of(cls, importer: str, source: Path, **options: str | Path | float | None) -> Request:
+        """The request to import `source`; paths become absolute texts."""
+        plain = {name: str(value.absolute()) if isinstance(value, Path) else value for name, value in options.items()}
+        return cls(importer, str(source.absolute()), plain)
 
 
 @dataclass(frozen=True)
@@ -35,13 +68,19 @@ class Candidate:
     """A sample to be: its name in the source (the key is made of it), its captions, and where its bytes are.
 
     `place` is whatever the importer's reading function needs, and picklable. `metadata` goes into the field "json",
-    beside "captions" and "id", which is the name.
+    beside "captions" and "id", which is the name. `by_class`: the captions are those of a class. `part`: "train", "val"
+    or "test", where the data set has a split of its own. `bonds`: what else than captions may not be on both sides of a
+    split, such as a speaker.
     """
 
     name: str
     captions: tuple[str, ...]
     place: Any
     metadata: dict[str, Any] = field(default_factory=dict)
+    by_class: bool = False
+    provenance: Provenance | None = None
+    part: str | None = None
+    bonds: tuple[str, ...] = ()
 
 
 Read = Callable[[Candidate], dict[str, bytes]]
@@ -49,27 +88,40 @@ Read = Callable[[Candidate], dict[str, bytes]]
 
 @dataclass(frozen=True)
 class Imported:
-    """What an importer wrote; `test` is None when nothing was to be held out."""
+    """What an importer wrote; a set that there is nothing for is None."""
 
-    train: Written
+    train: Written | None
     test: Written | None
+    val: Written | None = None
+
+    @property
+    def parts(self) -> dict[str, Written]:
+        """The sets that there are, by the names of their folders."""
+        sets = {"train": self.train, "val": self.val, "test": self.test}
+        return {name: written for name, written in sets.items() if written is not None}
 
     @property
     def skipped(self) -> tuple[Skipped, ...]:
-        """Everything that did not become a sample, of either set."""
-        return self.train.skipped + (self.test.skipped if self.test else ())
+        """Everything that did not become a sample, of any set."""
+        return tuple(skip for written in self.parts.values() for skip in written.skipped)
+
+    @property
+    def already(self) -> bool:
+        """Whether an earlier import of the same request wrote all this, and this one nothing."""
+        return all(written.already for written in self.parts.values())
 
     def reasons(self) -> dict[str, int]:
         """Why things were skipped: reason -> how many, the most frequent first."""
         return dict(Counter(skip.reason for skip in self.skipped).most_common())
 
 
-def refuse_existing(out: Path) -> None:
-    """ValueError when `out` holds a data set, or is a file: call it before any work."""
+def refuse_existing(out: Path, request: Request | None = None) -> None:
+    """ValueError when `out` holds a data set, unless it is of this request, or is a file: call it before any work."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: give a folder to write train and test into")
-    for part in (out / "train", out / "test"):
-        if part.exists() and (not part.is_dir() or any(part.iterdir())):
+    for part in _filled_parts(out):
+        origin = read_origin(part)
+        if request is None or origin is None or origin.request != asdict(request):
             raise ValueError(f"{part} is there already: give another folder, or remove it to import again")
 
 
@@ -79,46 +131,76 @@ def write_split(
     read: Read,
     *,
     skipped: Iterable[Skipped] = (),
-    test_share: float,
+    test_share: float | None,
     seed: int,
+    request: Request | None = None,
     processes: int | None = None,
     progress: Progress | None = None,
 ) -> Imported:
     """Write `candidates` into out/train and out/test, about `test_share` of them into test (0 = no test set).
 
-    `read(candidate)` gives the fields other than "txt" and "json"; it must be picklable, and raises DataError or
+    A `test_share` of None keeps the split that the candidates have, out/val included, or is `TEST_SHARE` if they have
+    none. `read(candidate)` gives the fields other than "txt" and "json"; it must be picklable, and raises DataError or
     OSError for a candidate to skip with that reason. `skipped` is what the importer left out already; it is reported
-    with train. `progress(done, total)` counts through both sets.
+    with train. `progress(done, total)` counts through all sets. With a `request`, a finished import of the same is left
+    as it is, and one that was killed goes on.
     Raises ValueError when `out` holds a data set or nothing can be held out, DataError when no sample can be made.
     """
-    refuse_existing(out)
-    _refuse_share(test_share)
+    refuse_existing(out, request)
+    published = test_share is None and any(candidate.part for candidate in candidates)
+    share = TEST_SHARE if test_share is None else test_share
+    _refuse_share(share)
     keys = unique_keys(candidate.name for candidate in candidates)
     items = list(zip(keys, candidates, strict=True))
-    test, train, unreadable = _hold_out(items, read, test_share, seed)
-    held_out: Written | None = None
+    origin = _origin(request, items, read) if request else None
+    if origin:
+        _refuse_changed(out, origin)
+    if published:
+        sets = {part: [item for item in items if item[1].part == part] for part in PARTS}
+        unreadable: list[Skipped] = []
+    else:
+        test, train, unreadable = _hold_out(items, read, share, seed)
+        sets = {"test": test, "train": train}
+    sets = {part: of for part, of in sets.items() if of} or {"train": []}
+    written = _write_sets(out, sets, read, origin, processes, progress)
+    told = next(part for part in reversed(PARTS) if part in written)  # train, where there is one
+    written[told] = replace(written[told], skipped=(*skipped, *unreadable, *written[told].skipped))
+    return Imported(written.get("train"), written.get("test"), written.get("val"))
+
+
+def _write_sets(
+    out: Path,
+    sets: dict[str, list[Item]],
+    read: Read,
+    origin: Origin | None,
+    processes: int | None,
+    progress: Progress | None,
+) -> dict[str, Written]:
+    """Write each of the sets into the folder of its name, or none of them."""
+    written: dict[str, Written] = {}
+    total = sum(map(len, sets.values()))
     done = 0
     is_new = not out.exists()
 
     def report(of_this_set: int, _: int) -> None:
         if progress:
-            progress(done + of_this_set, len(items) - len(unreadable))
+            progress(done + of_this_set, total)
 
     with tempfile.TemporaryDirectory(prefix="weft-import-") as temporary:
         try:
-            if test:
-                make = _spill(test, read, Path(temporary) / "test")
-                held_out = write_shards(len(test), make, out / "test", processes=processes, progress=report)
-                done = len(test)
-            make = _spill(train, read, Path(temporary) / "train")
-            written = write_shards(len(train), make, out / "train", processes=processes, progress=report)
+            for part, items in sets.items():
+                make = _spill(items, read, Path(temporary) / part)
+                written[part] = write_shards(
+                    len(items), make, out / part, processes=processes, progress=report, origin=origin
+                )
+                done += len(items)
         except BaseException:  # a Ctrl-C too: a test set without its training set is of no use
-            if held_out is not None:
-                shutil.rmtree(out / "test", ignore_errors=True)
+            for part in written:
+                shutil.rmtree(out / part, ignore_errors=True)
             if is_new and out.is_dir() and not any(out.iterdir()):
                 out.rmdir()
             raise
-    return Imported(replace(written, skipped=(*skipped, *unreadable, *written.skipped)), held_out)
+    return written
 
 
 def choose_test(captions: Sequence[tuple[str, ...]], test_share: float, seed: int) -> set[int]:
@@ -133,8 +215,8 @@ def choose_test(captions: Sequence[tuple[str, ...]], test_share: float, seed: in
     groups = _groups(captions)
     if len(groups) < 2:
         raise ValueError(
-            f"all {len(captions)} samples are bound together by shared captions, so no caption can be held out: "
-            "give a test share of 0, or more captions"
+            f"all {len(captions)} samples are bound together by shared captions or speakers, so none can be held out: "
+            "give a test share of 0, or more of them"
         )
     drawn = sorted(groups, key=lambda caption: hashlib.sha256(f"split:{seed}:{caption}".encode()).digest())
     goal = round(test_share * len(captions))
@@ -186,7 +268,11 @@ def _hold_out(
     unreadable: list[Skipped] = []
     while True:
         try:
-            chosen = choose_test([candidate.captions for _, candidate in items], test_share, seed)
+            bonds = [
+                (candidate.name,) if candidate.by_class else (*candidate.captions, *candidate.bonds)
+                for _, candidate in items
+            ]
+            chosen = choose_test(bonds, test_share, seed)
         except ValueError as error:
             if not unreadable:
                 raise
@@ -233,6 +319,30 @@ def _groups(captions: Sequence[tuple[str, ...]]) -> dict[str, list[int]]:
     return groups
 
 
+def _filled_parts(out: Path) -> list[Path]:
+    """The folders of sets in `out` that hold something."""
+    parts = [out / part for part in PARTS]
+    return [part for part in parts if part.exists() and (not part.is_dir() or any(part.iterdir()))]
+
+
+def _origin(request: Request, items: list[Item], read: Read) -> Origin:
+    """The request, and a fingerprint over all that it came to. Places are left out: they follow from the names."""
+    digest = hashlib.sha256(repr((asdict(request), getattr(read, "__qualname__", ""))).encode())
+    for key, candidate in items:
+        what = (candidate.part, key, candidate.name, candidate.captions, candidate.provenance, candidate.metadata)
+        digest.update(repr(what).encode("utf-8", "surrogatepass"))
+    return Origin(asdict(request), digest.hexdigest())
+
+
+def _refuse_changed(out: Path, origin: Origin) -> None:
+    for part in _filled_parts(out):
+        if read_origin(part) != origin:
+            raise ValueError(
+                f"{part} is there already, and its source has changed since: give another folder, or remove it to "
+                "import again"
+            )
+
+
 def _refuse_share(test_share: float) -> None:
     if not 0 <= test_share < 1:
         raise ValueError(f"the test share is {test_share}: give 0 (no test set) or more, and less than 1")
@@ -248,6 +358,8 @@ def _make_sample(item: Item, read: Read) -> Sample | Skipped:
     except OSError as error:
         return Skipped(candidate.name, error.strerror or str(error))
     metadata = {"captions": list(candidate.captions), "id": candidate.name, **candidate.metadata}
+    if candidate.provenance:
+        metadata["provenance"] = candidate.provenance._asdict()
     text = json.dumps(metadata, ensure_ascii=False).encode("utf-8", "backslashreplace")
     return Sample(key, {**fields, "txt": candidate.captions[0].encode("utf-8", "backslashreplace"), "json": text})
 

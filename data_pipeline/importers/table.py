@@ -4,9 +4,7 @@ Design choices:
 - Columns are found by their usual names, unless they are given.
 - An image is a path relative to the table, or the bytes themselves: Parquet binary, or the {bytes, path} that Hugging
   Face data sets are written with. A URL is skipped: what is fetched while it is imported is another data set each time.
-- A path must lie in the table's folder. A table comes from somebody else, and with "../" or an absolute path it could
-  pack any image of this machine into a data set that is handed on.
-  Links inside the folder are followed: whoever keeps the folder put them there.
+- A path must lie in the table's folder (`gather.locate`).
 - Rows with the same image are one sample with several captions.
 - Parquet is read a row group at a time: captions first, image bytes when they are written.
 """
@@ -21,14 +19,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_pipeline.errors import DataError
+from data_pipeline.importers.annotations import LONGEST_VALUE
+from data_pipeline.importers.gather import NO_CAPTION, NO_FILE, locate
 from data_pipeline.importers.image import image_field
-from data_pipeline.importers.split import Candidate, Imported, refuse_existing, write_split
+from data_pipeline.importers.split import (
+    TEST_SHARE,
+    Candidate,
+    Imported,
+    Provenance,
+    Request,
+    refuse_existing,
+    write_split,
+)
 from data_pipeline.sample import Skipped
 from data_pipeline.shards import Progress
 
 CSV_EXTENSIONS, PARQUET_EXTENSIONS = (".csv", ".tsv", ".txt"), (".parquet", ".pq")
 DELIMITERS = ",\t;|"
-LONGEST_VALUE = 1 << 24  # characters; the csv module's own limit is 131072, which is less than some alt texts
 IMAGE_COLUMNS = (
     *("image", "image_path", "imagepath", "image_file", "image_name", "filepath", "file_path", "path", "filename"),
     *("file_name", "file", "img", "img_path", "picture", "photo", "jpg", "png", "webp", "image_url", "url"),
@@ -37,7 +44,7 @@ CAPTION_COLUMNS = (
     *("caption", "captions", "text", "texts", "title", "description", "sentence", "sentences", "comment", "alt"),
     *("alt_text", "txt", "prompt", "label"),
 )
-NO_IMAGE, NO_CAPTION, NO_FILE = "has no image", "has no caption", "the image file is missing"
+NO_IMAGE = "has no image"
 
 
 def import_table(
@@ -46,18 +53,21 @@ def import_table(
     *,
     image_column: str | None = None,
     caption_column: str | None = None,
-    test_share: float = 0.1,
+    licence: str | None = None,
+    test_share: float = TEST_SHARE,
     seed: int = 0,
     processes: int | None = None,
     progress: Progress | None = None,
 ) -> Imported:
-    """Write the rows of the table `source` into out/train and out/test.
+    """Write the rows of the table `source` into out/train and out/test; `licence` is noted with each sample.
 
     Raises FileNotFoundError when there is no such table, ValueError when it is of no known kind, has no such columns,
     needs pyarrow which is not installed, or `out` holds a data set; DataError when the table is damaged or no row can
     be used.
     """
-    refuse_existing(out)
+    columns = {"image_column": image_column, "caption_column": caption_column}
+    request = Request.of("table", source, **columns, licence=licence, test_share=test_share, seed=seed)
+    refuse_existing(out, request)
     if not source.is_file():
         raise FileNotFoundError(f"there is no table {source}: give a CSV, TSV or Parquet file")
     extension = source.suffix.lower()
@@ -68,7 +78,7 @@ def import_table(
     else:
         known = ", ".join(CSV_EXTENSIONS + PARQUET_EXTENSIONS)
         raise ValueError(f"{source} is no table by its name: give one that ends in {known}")
-    candidates, skipped = _gather(rows, source)
+    candidates, skipped = _gather(rows, source, licence)
     return write_split(
         out,
         candidates,
@@ -76,6 +86,7 @@ def import_table(
         skipped=skipped,
         test_share=test_share,
         seed=seed,
+        request=request,
         processes=processes,
         progress=progress,
     )
@@ -103,7 +114,7 @@ def read_place(candidate: Candidate) -> dict[str, bytes]:
     place: Path | Cell = candidate.place
     if isinstance(place, Path):
         return image_field(place.read_bytes())
-    return image_field(_read_cell(place))
+    return image_field(read_cell(place))
 
 
 def find_column(columns: list[str], wanted: str | None, usual: tuple[str, ...], what: str, table: Path) -> str:
@@ -123,20 +134,7 @@ def find_column(columns: list[str], wanted: str | None, usual: tuple[str, ...], 
     raise ValueError(f"{there_are}, and none is called as {what} columns are ({', '.join(usual[:4])}, ...): name it")
 
 
-def locate(written: str, folder: Path) -> tuple[Path | None, str]:
-    """(the file that a table in `folder` means, "") or (None, why it is refused)."""
-    if "://" in written[:12]:
-        return None, "is a URL, and nothing is downloaded"
-    if "\0" in written:
-        return None, "is no path"
-    base = folder.absolute()
-    path = Path(os.path.normpath(base / written))  # as text: "a/../b" is b, links are not asked
-    if not path.is_relative_to(os.path.normpath(base)):
-        return None, "lies outside the table's folder, and a table must not reach for other files of this machine"
-    return path, ""
-
-
-def _gather(rows: Iterator[Row], source: Path) -> tuple[list[Candidate], list[Skipped]]:
+def _gather(rows: Iterator[Row], source: Path, licence: str | None) -> tuple[list[Candidate], list[Skipped]]:
     """Candidates in order of first appearance, captions of one file together; and the rows left out."""
     places: dict[Path | Cell, tuple[str, Path | Cell, list[str]]] = {}
     skipped = []
@@ -152,7 +150,7 @@ def _gather(rows: Iterator[Row], source: Path) -> tuple[list[Candidate], list[Sk
         else:
             place, reason = locate(row.image, source.parent)
             if place is not None and not os.path.isfile(place):
-                reason = NO_FILE
+                reason = NO_FILE.format("image")
         if reason or place is None:
             skipped.append(Skipped(row.name, reason))
             continue
@@ -161,7 +159,10 @@ def _gather(rows: Iterator[Row], source: Path) -> tuple[list[Candidate], list[Sk
     if not places:
         why = f"; the first, {skipped[0].source}: {skipped[0].reason}" if skipped else ""
         raise DataError(f"no row of {source} can be used, of {len(skipped)}{why}")
-    candidates = [Candidate(name, tuple(dict.fromkeys(captions)), place) for name, place, captions in places.values()]
+    candidates = [
+        Candidate(name, tuple(dict.fromkeys(captions)), place, provenance=Provenance(source.name, licence, name))
+        for name, place, captions in places.values()
+    ]
     return candidates, skipped
 
 
@@ -189,7 +190,7 @@ def _csv_rows(table: Path, image_column: str | None, caption_column: str | None)
 
 def _parquet_rows(table: Path, image_column: str | None, caption_column: str | None) -> Iterator[Row]:
     """The rows of a Parquet file; a column of image bytes is not read for it."""
-    arrow, parquet = _pyarrow(table)
+    arrow, parquet = load_pyarrow(table)
     try:
         file = parquet.ParquetFile(table)
         schema = file.schema_arrow
@@ -224,7 +225,7 @@ def _holds_bytes(arrow: Any, kind: Any, column: str, table: Path) -> bool:
     )
 
 
-def _read_cell(cell: Cell) -> bytes:
+def read_cell(cell: Cell) -> bytes:
     """The image bytes in a cell, or in the file that it names instead; DataError when there are none."""
     value = _column_of_group(cell.table, cell.column, cell.group)[cell.row].as_py()
     path = None
@@ -243,11 +244,12 @@ def _read_cell(cell: Cell) -> bytes:
 @lru_cache(maxsize=1)
 def _column_of_group(table: Path, column: str, group: int) -> Any:
     """One column of one row group: samples are written in order, so the last one is most likely the next one."""
-    _, parquet = _pyarrow(table)
+    _, parquet = load_pyarrow(table)
     return parquet.ParquetFile(table).read_row_group(group, [column], use_threads=False).column(0)
 
 
-def _pyarrow(table: Path) -> tuple[Any, Any]:
+def load_pyarrow(table: Path) -> tuple[Any, Any]:
+    """pyarrow and its module for Parquet; ValueError that says how to get it, for reading `table`."""
     try:
         import pyarrow
         from pyarrow import parquet

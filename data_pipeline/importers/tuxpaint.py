@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from data_pipeline.errors import DataError
 from data_pipeline.importers.image import image_field
-from data_pipeline.importers.split import Candidate, Imported, refuse_existing, write_split
+from data_pipeline.importers.split import Candidate, Imported, Provenance, Request, refuse_existing, write_split
 from data_pipeline.sample import Skipped
 from data_pipeline.shards import Progress
 
@@ -57,7 +57,10 @@ def import_tuxpaint(
     no caption is in `language`, FileNotFoundError when a tool or the package is missing, OSError when the download
     fails, DataError when the package holds something else.
     """
-    refuse_existing(out)
+    request = Request.of(
+        "tuxpaint", package or Path(PACKAGE), language=language, test_share=test_share, seed=seed, sound=sound
+    )
+    refuse_existing(out, request)
     _require("dpkg-deb")
     if package is None:
         package = _cached_package() or _download_package()
@@ -78,6 +81,7 @@ def import_tuxpaint(
             skipped=skipped,
             test_share=test_share,
             seed=seed,
+            request=request,
             processes=processes,
             progress=progress,
         )
@@ -143,9 +147,10 @@ def _find_stamps(stamps: Path, language: str, sound: bool, source: str) -> tuple
         if not captions:
             skipped.append(Skipped(name, f"has no caption in the language {language!r}"))
             continue
-        metadata = {"language": language, "label": name.split("/")[0], "source": source, "licence": LICENCE}
+        metadata = {"language": language, "label": name.split("/")[0]}
         speech = _find_speech(stem, language) if sound else None
-        candidates.append(Candidate(name, captions, Place(image, speech), metadata))
+        provenance = Provenance(source, LICENCE, name)
+        candidates.append(Candidate(name, captions, Place(image, speech), metadata, provenance=provenance))
     if not candidates:
         raise _nothing_found(skipped, languages, language)
     return candidates, skipped

@@ -19,8 +19,9 @@ import pytest
 import torch
 from PIL import Image
 
+from data_pipeline.batch import ATTEMPTS, Batch, BatchMaker, Corrupt
 from data_pipeline.errors import DataError
-from data_pipeline.loader import ATTEMPTS, HELD, PREFETCH, Batch, BatchMaker, Corrupt, Loader, sequential_batches
+from data_pipeline.loader import HELD, PREFETCH, Loader, sequential_batches
 from data_pipeline.order import Order
 from data_pipeline.reader import Dataset, open_dataset
 from data_pipeline.sample import Sample
@@ -106,9 +107,8 @@ def loader_of(dataset: Dataset, **options: Any) -> Loader:
 
 
 def joined(batches: list[Batch]) -> Batch:
-    names = ("image", "text", "sample", "position")
-    tensors = (torch.cat([getattr(batch, name) for batch in batches]) for name in names)
-    return Batch(*tensors, [corrupt for batch in batches for corrupt in batch.corrupt])
+    tensors = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in batches[0].tensors()}
+    return Batch(**tensors, corrupt=[corrupt for batch in batches for corrupt in batch.corrupt])
 
 
 def global_batches(dataset: Dataset, world: int = 1, workers: int = 0, **options: Any) -> list[Batch]:
@@ -119,8 +119,8 @@ def global_batches(dataset: Dataset, world: int = 1, workers: int = 0, **options
 def assert_same(one: list[Batch], other: list[Batch]) -> None:
     assert len(one) == len(other)
     for ours, theirs in zip(one, other, strict=True):
-        for name in ("image", "text", "sample", "position"):
-            assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+        for name, tensor in ours.tensors().items():
+            assert torch.equal(tensor, getattr(theirs, name)), name
         assert ours.corrupt == theirs.corrupt
 
 
@@ -313,12 +313,15 @@ def test_no_more_workers_than_batches(dataset: Dataset) -> None:
 
 
 TRAINER = """
-import sys, time
+import signal, sys, time
 import numpy as np
-from data_pipeline.loader import BatchMaker, Loader
+from data_pipeline.batch import BatchMaker
+from data_pipeline.loader import Loader
 from data_pipeline.order import Order
 from data_pipeline.reader import open_dataset
 from data_pipeline.transforms import ImageTransform, TextTransform
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 
 class Long:  # more than a pipe holds
     def encode(self, text, context):

@@ -60,7 +60,7 @@ def test_unshuffled_order_counts() -> None:
 
 def test_epoch() -> None:
     order = Order(7, 0)
-    assert [order.epoch(position) for position in (0, 6, 7, 13, 14)] == [0, 0, 1, 1, 2]
+    assert order.epochs(np.array([0, 6, 7, 13, 14])).tolist() == [0, 0, 1, 1, 2]
 
 
 @pytest.mark.parametrize("samples", [10, 64, 100])

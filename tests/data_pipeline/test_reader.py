@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import tracemalloc
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -9,8 +10,11 @@ import numpy as np
 import pytest
 from tars import tar_of
 
-from data_pipeline import reader
+from data_pipeline import files
+from data_pipeline.block_order import BlockOrder
 from data_pipeline.errors import DataError
+from data_pipeline.index import Index, ShardEntry
+from data_pipeline.mixture import Mixture, Phase
 from data_pipeline.order import Order
 from data_pipeline.reader import Dataset, open_dataset, read_order
 from data_pipeline.sample import Sample
@@ -135,7 +139,7 @@ def open_files() -> int:
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files in /proc")
 def test_more_shards_than_files_may_be_open(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "MOST_OPEN", 3)
+    monkeypatch.setattr(files, "MOST_OPEN", 3)
     dataset = open_dataset(written)
     before = open_files()
     for number in np.random.default_rng(0).integers(0, COUNT, 200).tolist():
@@ -149,11 +153,11 @@ def test_more_shards_than_files_may_be_open(written: Path, monkeypatch: pytest.M
 
 
 def test_the_shard_read_longest_ago_is_closed_first(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "MOST_OPEN", 2)
+    monkeypatch.setattr(files, "MOST_OPEN", 2)
     dataset = open_dataset(written)
     for number in (0, 3, 0, 6):
         dataset.read(number)
-    assert list(dataset._open) == [0, 2]
+    assert list(dataset.files._open) == ["shard-000000.tar", "shard-000002.tar"]
 
 
 def test_nothing_there(tmp_path: Path) -> None:
@@ -173,3 +177,23 @@ def test_read_order_tells_what_a_run_reads(written: Path) -> None:
         assert row["key"] == make(row["sample"]).key
         assert (row["shard"], row["offset"]) == (f"shard-{row['sample'] // 3:06}.tar", row["sample"] % 3)
     assert read_order(dataset, order, 3, 0) == []
+
+
+def test_ten_thousand_shards_and_a_billion_samples_take_no_memory(tmp_path: Path) -> None:
+    shards = (
+        ShardEntry(f"s-{n:06d}.tar", 100_000, 10**10 + n, "sha256:" + "0" * 64, ("image",)) for n in range(10_000)
+    )
+    Index(tuple(shards)).save(tmp_path)
+    dataset = Dataset(tmp_path, Index.load(tmp_path))
+    assert len(dataset) == 10**9
+    assert dataset.locate(123_456_789) == (1234, 56_789)
+    positions = np.arange(5 * 10**8, 5 * 10**8 + 4096)
+    sources = (Order(9 * 10**8, 0), Order(10**8, 1))
+    for order in (Order(10**9, 0), BlockOrder(10**9, 0, 1000, 64), Mixture(sources, (Phase(0, (3, 1)),), 0)):
+        tracemalloc.start()
+        ids = order.sample_ids(positions)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 2e6, "memory is that of the batch, whatever the data set's size"
+        assert len(set(ids.tolist())) == 4096
+        assert all(dataset.locate(number)[1] == number % 100_000 for number in ids[:50].tolist())

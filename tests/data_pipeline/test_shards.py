@@ -3,6 +3,11 @@
 import errno
 import hashlib
 import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,11 +16,12 @@ import pytest
 import webdataset
 from tars import picture
 
+import data_pipeline.shards as shards_module
 from data_pipeline.errors import DataError
 from data_pipeline.index import load_index
 from data_pipeline.reader import open_dataset
 from data_pipeline.sample import Sample, Skipped
-from data_pipeline.shards import write_shards
+from data_pipeline.shards import Origin, write_shards
 
 
 def make(number: int) -> Sample:
@@ -215,3 +221,129 @@ def test_progress_counts_samples_to_the_end(tmp_path: Path, processes: int) -> N
     assert [total for _, total in seen] == [5, 5, 5]
     assert sorted(done for done, _ in seen) == [done for done, _ in seen]
     assert seen[-1] == (5, 5)
+
+
+ORIGIN = Origin({"importer": "ducks", "options": {"seed": 0}}, "f" * 64)
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path += {paths!r}
+from test_shards import ORIGIN, make
+from data_pipeline.shards import write_shards
+
+def die(done, total):
+    if done >= {done}:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+write_shards({count}, make, Path({out!r}), samples_per_shard=2, processes={processes}, progress=die, origin=ORIGIN)
+"""
+
+
+def make_logged(log: Path, number: int) -> Sample | Skipped:
+    with log.open("a") as file:
+        file.write(f"{number}\n")
+    return make_or_skip(number)
+
+
+def kill_after(out: Path, done: int, count: int, processes: int) -> None:
+    """Write the same samples as `make` in a process that is killed after `done` of them."""
+    here = Path(__file__).parent
+    code = KILLED.format(paths=[str(here), str(here.parent)], done=done, count=count, out=str(out), processes=processes)
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_a_killed_writer_is_gone_on_with(tmp_path: Path, processes: int) -> None:
+    whole = write_shards(40, make, tmp_path / "whole", samples_per_shard=2, processes=1, origin=ORIGIN)
+    kill_after(tmp_path / "out", 12, 40, processes)
+    (unfinished,) = tmp_path.glob(".out.*.unfinished")
+    notes = {path.stem for path in unfinished.glob("*.done")}
+    assert len(notes) >= 6
+    before = {name: (unfinished / f"{name}.tar").stat().st_mtime_ns for name in notes}
+    resumed = write_shards(40, make, tmp_path / "out", samples_per_shard=2, processes=2, origin=ORIGIN)
+    assert resumed == whole
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert {name: (tmp_path / "out" / f"{name}.tar").stat().st_mtime_ns for name in notes} == before  # not made again
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def finished_shards(tmp_path: Path, count: int) -> Path:
+    """An unfinished folder whose shards are all finished, as a kill just before the rename leaves it."""
+    origin, hidden = ORIGIN, tmp_path / f".out.{ORIGIN.fingerprint[:16]}-4.unfinished"
+    write_shards(count, make_or_skip, tmp_path / "out", samples_per_shard=4, processes=1, origin=origin)
+    shutil.rmtree(tmp_path / "out")
+    hidden.mkdir()
+    shards_module._write_all(count, make_or_skip, hidden, 4, 1, None, True)
+    return hidden
+
+
+def test_only_what_is_whole_is_kept(tmp_path: Path) -> None:
+    hidden = finished_shards(tmp_path, 20)
+    data = bytearray((hidden / "shard-000000.tar").read_bytes())
+    data[700] ^= 1
+    (hidden / "shard-000000.tar").write_bytes(data)
+    (hidden / "shard-000003.tar").unlink()
+    (hidden / "shard-000004.done").write_text('{"entry"')
+    (hidden / ".shard-000004.done.77.tmp").write_text("left by the killed process")
+    log = tmp_path / "log"
+    resumed = write_shards(
+        20, partial(make_logged, log), tmp_path / "out", samples_per_shard=4, processes=1, origin=ORIGIN
+    )
+    assert sorted(map(int, log.read_text().split())) == [*range(4), *range(12, 20)]
+    whole = write_shards(20, make_or_skip, tmp_path / "whole", samples_per_shard=4, processes=1, origin=ORIGIN)
+    assert resumed == whole  # the shard of skipped samples, 4 to 7, was kept too, and its reasons with it
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert not hidden.exists()
+
+
+def test_a_finished_folder_of_the_same_origin_is_left_as_it_is(tmp_path: Path) -> None:
+    first = write_shards(11, make_or_skip, tmp_path / "out", samples_per_shard=4, processes=1, origin=ORIGIN)
+    before = contents(tmp_path / "out")
+    log = tmp_path / "log"
+    again = write_shards(11, partial(make_logged, log), tmp_path / "out", samples_per_shard=4, origin=ORIGIN)
+    assert again == replace(first, already=True)
+    assert not log.exists()
+    assert contents(tmp_path / "out") == before
+    for other in (replace(ORIGIN, fingerprint="e" * 64), replace(ORIGIN, request={}), None):
+        with pytest.raises(ValueError, match="out is there already"):
+            write_shards(11, make, tmp_path / "out", samples_per_shard=4, origin=other)
+
+
+def test_two_writers_of_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards_module, "LOCK_SECONDS", 0.0)
+    refused = []
+
+    def write_too(done: int, total: int) -> None:
+        with pytest.raises(ValueError, match=r"another process is writing .*out at this moment"):
+            write_shards(4, make, tmp_path / "out", samples_per_shard=2, processes=1, origin=ORIGIN)
+        refused.append(done)
+
+    write_shards(4, make, tmp_path / "out", samples_per_shard=2, processes=1, origin=ORIGIN, progress=write_too)
+    assert refused == [2, 4]
+    assert len(open_dataset(tmp_path / "out")) == 4
+
+
+def test_without_an_origin_nothing_is_taken_over(tmp_path: Path) -> None:
+    """A killed process may have had our number."""
+    stale = tmp_path / f".out.{os.getpid()}.unfinished"
+    stale.mkdir()
+    (stale / "shard-000009.tar").write_bytes(b"stale")
+    write_shards(2, make, tmp_path / "out", processes=1)
+    assert len(open_dataset(tmp_path / "out")) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_failure_leaves_nothing_to_go_on_with(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="sample 7 is bad"):
+        write_shards(11, partial(fail_at, 7), tmp_path / "out", samples_per_shard=2, processes=1, origin=ORIGIN)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
+    """Their lock is let go, which is what the next writer waits for."""
+    kill_after(tmp_path / "out", 2, 40, 2)
+    (unfinished,) = tmp_path.glob(".out.*.unfinished")
+    lock = os.open(unfinished, os.O_RDONLY)
+    assert shards_module._take(lock)
+    os.close(lock)

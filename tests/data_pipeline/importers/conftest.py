@@ -1,16 +1,21 @@
-"""What the importer tests share: a small image of any kind, and a whole data set read back."""
+"""What the importer tests share: small images and sounds, files in a source, and a whole data set read back."""
 
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
+import webdataset
 from PIL import Image
 
 from data_pipeline import Sample, open_dataset
+from data_pipeline.check import check_dataset
 
 MakeImage = Callable[..., bytes]
+MakeSound = Callable[..., bytes]
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +40,62 @@ def read_all() -> Callable[[Path], list[Sample]]:
         return [dataset.read(number) for number in range(len(dataset))]
 
     return read
+
+
+@pytest.fixture(scope="session")
+def sound_bytes() -> MakeSound:
+    """sound_bytes(seed, format) -> half a second of noise at 8 kHz, different for each seed."""
+
+    def make(seed: int = 0, kind: str = "FLAC", seconds: float = 0.5) -> bytes:
+        noise = np.random.default_rng(seed).integers(-9000, 9000, round(8000 * seconds), dtype=np.int16)
+        file = io.BytesIO()
+        soundfile.write(file, noise, 8000, format=kind)
+        return file.getvalue()
+
+    return make
+
+
+@pytest.fixture
+def put(tmp_path: Path) -> Callable[[str, object], Path]:
+    """put("a/b.json", {...}) writes a file below SOURCE: bytes, a text, or a tree as JSON."""
+
+    def write(name: str, data: object) -> Path:
+        path = tmp_path / "source" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(data, bytes):
+            path.write_bytes(data)
+        else:
+            path.write_text(data if isinstance(data, str) else json.dumps(data), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def examine(read_all: Callable[[Path], list[Sample]]) -> Callable[..., dict[str, dict[str, Sample]]]:
+    """examine(out) -> set -> id -> sample, after `check` has found nothing and plain webdataset has read the same.
+
+    `but`: what the reasons that `check` may give have in them.
+    """
+
+    def look(out: Path, but: tuple[str, ...] = ()) -> dict[str, dict[str, Sample]]:
+        assert {path.name for path in out.iterdir()} <= {"train", "val", "test"}  # nothing hidden is left
+        found = {}
+        for folder in sorted(out.iterdir()):
+            problems = check_dataset(folder, processes=0).problems
+            assert [each for each in problems if not any(word in each.reason for word in but)] == []
+            samples = read_all(folder)
+            urls = [str(path) for path in sorted(folder.glob("*.tar"))]
+            plain = list(webdataset.WebDataset(urls, shardshuffle=False))
+            fields = [{name: data for name, data in each.items() if not name.startswith("__")} for each in plain]
+            assert fields == [sample.fields for sample in samples]
+            assert [each["__key__"] for each in plain] == [sample.key for sample in samples]
+            for sample in samples:
+                assert sample.captions()
+                assert sample.fields["txt"].decode() == sample.captions()[0]
+                assert set(sample.metadata()["provenance"]) == {"source", "licence", "id"}
+            found[folder.name] = {str(sample.metadata()["provenance"]["id"]): sample for sample in samples}
+            assert len(found[folder.name]) == len(samples)
+        return found
+
+    return look

@@ -2,13 +2,27 @@
 
 import os
 import re
+import shutil
+import signal
+import subprocess
+import sys
 import zlib
+from dataclasses import replace
 
 import pytest
 
 from data_pipeline.errors import DataError
+from data_pipeline.importers.folder import import_folder
 from data_pipeline.importers.image import image_field
-from data_pipeline.importers.split import Candidate, choose_test, plain, refuse_existing, unique_keys, write_split
+from data_pipeline.importers.split import (
+    Candidate,
+    Request,
+    choose_test,
+    plain,
+    refuse_existing,
+    unique_keys,
+    write_split,
+)
 from data_pipeline.sample import Skipped
 from data_pipeline.tar import refusal_of_name, split_name
 
@@ -229,3 +243,142 @@ def test_a_decompression_bomb_is_refused(image_bytes, side):
     data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
     with pytest.raises(DataError, match="more than"):
         image_field(bytes(data))
+
+
+def published(numbers, parts=("train", "val", "test")):
+    """Candidates of which the first is of train, the next of val, then test, and so on; some cannot be read."""
+    candidates = candidates_of(numbers, lambda number: ("the same for all",))
+    return [replace(candidate, part=parts[at % len(parts)]) for at, candidate in enumerate(candidates)]
+
+
+def write_numbers(out, candidates, request=None, test_share=None, **options):
+    return write_split(
+        out, candidates, read_number, test_share=test_share, seed=0, request=request, processes=0, **options
+    )
+
+
+def test_a_published_split_is_kept(tmp_path, read_all):
+    done = []
+    imported = write_numbers(tmp_path / "out", published([*range(9), -1, -2]), progress=lambda *p: done.append(p))
+    for first, part in enumerate(("train", "val", "test")):
+        numbers = [int(sample.fields["wav"]) for sample in read_all(tmp_path / "out" / part)]
+        assert numbers == list(range(first, 9, 3))
+        assert imported.parts[part].index.samples == 3
+    assert imported.reasons() == {"a negative number": 2}
+    assert done[-1] == (11, 11)
+    assert done == sorted(done)
+
+
+def test_a_share_draws_another_split_than_the_published_one(tmp_path, read_all):
+    candidates = [replace(candidate, part="val") for candidate in candidates_of(range(20))]
+    imported = write_numbers(tmp_path / "out", candidates, test_share=0.2)
+    assert {part: written.index.samples for part, written in imported.parts.items()} == {"train": 16, "test": 4}
+    assert {len(written.index.shards) for written in imported.parts.values()} == {1}
+
+
+def test_without_a_split_or_a_share_a_tenth_is_held_out(tmp_path):
+    imported = write_numbers(tmp_path / "out", candidates_of(range(20)))
+    assert {part: written.index.samples for part, written in imported.parts.items()} == {"train": 18, "test": 2}
+
+
+@pytest.mark.parametrize("bad", ["train", "val", "test"])
+def test_a_set_of_which_nothing_can_be_read_stops_all(tmp_path, bad):
+    candidates = [replace(each, place=-1) if each.part == bad else each for each in published(range(6))]
+    with pytest.raises(DataError, match=rf"nothing to write to .*{bad}.*a negative number"):
+        write_numbers(tmp_path / "out", candidates)
+    assert os.listdir(tmp_path) == []
+
+
+def request_of(tmp_path, **options):
+    return Request.of("numbers", tmp_path / "source", seed=0, media=tmp_path, **options)
+
+
+def times_in(folder):
+    return {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
+
+
+def test_the_same_request_again_changes_nothing(tmp_path):
+    request = request_of(tmp_path)
+    candidates = published([*range(9), -1])
+    skipped = [Skipped("z", "no caption")]
+    first = write_numbers(tmp_path / "out", candidates, request, skipped=skipped)
+    before = times_in(tmp_path)
+    again = write_numbers(tmp_path / "out", candidates, request, skipped=skipped)
+    assert again.already
+    assert not first.already
+    assert again.skipped == first.skipped
+    assert [written.index for written in again.parts.values()] == [written.index for written in first.parts.values()]
+    assert times_in(tmp_path) == before
+
+
+def test_another_request_or_a_changed_source_is_refused(tmp_path):
+    candidates = published(range(9))
+    write_numbers(tmp_path / "out", candidates, request_of(tmp_path))
+    before = times_in(tmp_path)
+    refuse_existing(tmp_path / "out", request_of(tmp_path))
+    for other in (None, request_of(tmp_path, licence="x"), request_of(tmp_path / "elsewhere")):
+        with pytest.raises(ValueError, match="there already: give another"):
+            refuse_existing(tmp_path / "out", other)
+        with pytest.raises(ValueError, match="there already: give another"):
+            write_numbers(tmp_path / "out", candidates, other)
+    changed = replace(candidates[4], metadata={"more": 1})
+    moved = replace(candidates[4], part="train")
+    for others in (candidates[:-1], [*candidates[:4], changed, *candidates[5:]], [*candidates[:4], moved]):
+        with pytest.raises(ValueError, match="its source has changed since"):
+            write_numbers(tmp_path / "out", others, request_of(tmp_path))
+    assert times_in(tmp_path) == before
+
+
+def test_an_import_killed_between_its_sets_goes_on(tmp_path):
+    """OUT/train comes last: without it, the others are there and not made again."""
+    request, candidates = request_of(tmp_path), published(range(9))
+    whole = write_numbers(tmp_path / "out", candidates, request)
+    before = times_in(tmp_path / "out/test") | times_in(tmp_path / "out/val")
+    shutil.rmtree(tmp_path / "out/train")
+    resumed = write_numbers(tmp_path / "out", candidates, request)
+    assert not resumed.already
+    assert {part: written.index for part, written in resumed.parts.items()} == {
+        part: written.index for part, written in whole.parts.items()
+    }
+    assert times_in(tmp_path / "out/test") | times_in(tmp_path / "out/val") == before
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from data_pipeline.importers.folder import import_folder
+
+def die(done, total):
+    if done > 1100:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+import_folder(Path({source!r}), Path({out!r}), test_share=0.1, processes=0, progress=die)
+"""
+
+
+def test_a_killed_import_goes_on_where_it_was(tmp_path, image_bytes):
+    """1,200 images are a test set of one shard and a training set of two; the kill comes after the first of those."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    (source / "0.png").write_bytes(image_bytes())
+    (source / "0.txt").write_text("picture 0")
+    for number in range(1, 1200):
+        os.link(source / "0.png", source / f"{number}.png")
+        (source / f"{number}.txt").write_text(f"picture {number}")
+    code = KILLED.format(source=str(source), out=str(out))
+    here = {**os.environ, "TMPDIR": str(tmp_path)}  # a killed process leaves its temporary files
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=here)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    (unfinished,) = out.glob(".train.*.unfinished")
+    assert not (out / "train").exists()
+    before = times_in(out / "test")
+    finished = (unfinished / "shard-000000.tar").stat().st_mtime_ns
+    resumed = import_folder(source, out, test_share=0.1, processes=0)
+    whole = import_folder(source, tmp_path / "whole", test_share=0.1, processes=0)
+    assert {part: written.index for part, written in resumed.parts.items()} == {
+        part: written.index for part, written in whole.parts.items()
+    }
+    assert times_in(out / "test") == before
+    assert (out / "train/shard-000000.tar").stat().st_mtime_ns == finished
+    assert sorted(os.listdir(out)) == ["test", "train"]
+    assert import_folder(source, out, test_share=0.1, processes=0).already

@@ -92,8 +92,11 @@ def test_stamps_captions_speech_and_what_is_left_out(tmp_path, package, stamps, 
         "id": "animals/amphibians/frog.png",
         "language": "en",
         "label": "animals",
-        "source": "tuxpaint-stamps-default 1.2-3",
-        "licence": "GPL-2+",
+        "provenance": {
+            "source": "tuxpaint-stamps-default 1.2-3",
+            "licence": "GPL-2+",
+            "id": "animals/amphibians/frog.png",
+        },
     }
     mirror = samples["animals/amphibians/frog_mirror.png"]
     assert (mirror.captions(), mirror.fields["ogg"]) == (frog.captions(), frog.fields["ogg"])

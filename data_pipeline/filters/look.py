@@ -1,0 +1,147 @@
+"""One pass over a data set: what each step says of each sample, in numbers, by any number of processes.
+
+What is found is arrays of ids and signatures, so that a parent can hold it for many million samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from data_pipeline.errors import DataError
+from data_pipeline.filters.step import Change, Drop, Outcome, SampleStep, Step
+from data_pipeline.reader import Dataset
+from data_pipeline.sample import Sample
+from data_pipeline.shards import Progress, obey_parent
+
+CHUNK = 256  # samples that a process looks at at a time
+UNREADABLE = "cannot be read"
+_ADDRESS = re.compile(r"<[\w.]+ object at 0x[0-9a-f]+>")  # in Pillow's errors; another one each time
+
+
+@dataclass
+class Found:
+    """What a pass has found in samples of one data set, by step (and reason): ids, int64 and ascending."""
+
+    key_hashes: np.ndarray  # uint64, one a sample
+    drops: dict[tuple[int, str], np.ndarray] = field(default_factory=dict)
+    changes: dict[tuple[int, str], np.ndarray] = field(default_factory=dict)
+    signed: dict[int, np.ndarray] = field(default_factory=dict)
+    signatures: dict[int, np.ndarray] = field(default_factory=dict)  # uint8 [signed, width], of the same samples
+
+    @classmethod
+    def join(cls, parts: list[Found]) -> Found:
+        """What was found in neighbouring ranges of one data set, in order, as one."""
+        joined = cls(np.concatenate([part.key_hashes for part in parts]))
+        for name in ("drops", "changes", "signed", "signatures"):
+            gathered: dict[tuple[int, str] | int, list[np.ndarray]] = defaultdict(list)
+            for part in parts:
+                for of, array in getattr(part, name).items():
+                    gathered[of].append(array)
+            setattr(joined, name, {of: np.concatenate(arrays) for of, arrays in gathered.items()})
+        return joined
+
+
+@dataclass(frozen=True)
+class Look:
+    """What to look at: a data set with all steps, or the signatures of `only` some of them, each by itself."""
+
+    dataset: Dataset
+    steps: tuple[Step, ...]
+    only: tuple[int, ...] | None
+
+    def __call__(self, samples: range) -> Found:
+        """What is found in these samples."""
+        ids: dict[str, dict] = {name: defaultdict(list) for name in ("drops", "changes", "signed")}
+        signatures: dict[int, list[bytes]] = defaultdict(list)
+        hashes = []
+        for number in samples:
+            sample = self.dataset.read(number)
+            hashes.append(hashlib.blake2b(sample.key.encode("utf-8", "surrogatepass"), digest_size=8).digest())
+            for step, outcome in self._outcomes(sample):
+                if isinstance(outcome, Drop):
+                    ids["drops"][step, outcome.reason].append(number)
+                elif isinstance(outcome, Change):
+                    for what in outcome.what:
+                        ids["changes"][step, what].append(number)
+                elif outcome is not None:
+                    ids["signed"][step].append(number)
+                    signatures[step].append(outcome)
+        arrays = {name: {of: np.array(each, np.int64) for of, each in found.items()} for name, found in ids.items()}
+        rows = {step: np.frombuffer(b"".join(each), np.uint8) for step, each in signatures.items()}
+        by_step = {step: array.reshape(len(signatures[step]), -1) for step, array in rows.items()}
+        return Found(np.frombuffer(b"".join(hashes), np.uint64), signatures=by_step, **arrays)
+
+    def _outcomes(self, sample: Sample) -> Iterator[tuple[int, Outcome | bytes]]:
+        if self.only is None:
+            yield from outcomes(sample, self.steps)
+            return
+        for number in self.only:
+            yield from ((number, outcome) for _, outcome in outcomes(sample, (self.steps[number],)))
+
+
+def outcomes(sample: Sample, steps: Sequence[Step]) -> Iterator[tuple[int, Outcome | bytes]]:
+    """(number of the step, what it says or its signature) for one sample, until one of them drops it."""
+    for number, step in enumerate(steps):
+        try:
+            outcome = step.look(sample) if isinstance(step, SampleStep) else step.signature(sample)
+        except DataError as error:
+            outcome = Drop(UNREADABLE, _ADDRESS.sub("the bytes", str(error)))
+        yield number, outcome
+        if isinstance(outcome, Drop):
+            return
+        if isinstance(outcome, Change):
+            sample = outcome.sample
+
+
+def look_at_all(jobs: list[Look], processes: int | None, progress: Progress) -> list[Found]:
+    """What is found in all samples of each job."""
+    chunks = [
+        (number, range(start, min(start + CHUNK, len(job.dataset))))
+        for number, job in enumerate(jobs)
+        for start in range(0, len(job.dataset), CHUNK)
+    ]
+    total, done = sum(len(job.dataset) for job in jobs), 0
+    processes = min(os.cpu_count() or 1 if processes is None else processes, len(chunks))
+    parts: list[Found] = []
+    if processes <= 1:
+        for number, samples in chunks:
+            parts.append(jobs[number](samples))
+            done += len(samples)
+            progress(done, total)
+    else:
+        with ProcessPoolExecutor(processes, initializer=_start_process, initargs=(jobs,)) as pool:
+            try:
+                futures = {pool.submit(_look_at_chunk, *chunk): chunk for chunk in chunks}
+                for future in as_completed(futures):
+                    future.result()
+                    done += len(futures[future][1])
+                    progress(done, total)
+            except BaseException:  # Ctrl-C too: do not begin what is still waiting
+                pool.shutdown(cancel_futures=True)
+                raise
+            parts = [future.result() for future in futures]
+    owners = [number for number, _ in chunks]
+    return [
+        Found.join([part for owner, part in zip(owners, parts, strict=True) if owner == number])
+        for number in range(len(jobs))
+    ]
+
+
+_jobs: list[Look] = []  # of this process, when it is a worker
+
+
+def _start_process(jobs: list[Look]) -> None:
+    _jobs[:] = jobs
+    obey_parent()
+
+
+def _look_at_chunk(job: int, samples: range) -> Found:
+    return _jobs[job](samples)

@@ -1,0 +1,148 @@
+"""Steps from words: "captions:min_words=3,max_words=60" on a command line, or a list in a YAML file.
+
+    - image-size: {min_side: 64}
+    - near-duplicates
+    - personal-data: {action: mask, kinds: [email, phone]}
+
+An option is a field of the step's dataclass; on a command line, the parts of a list are joined by "+".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from types import UnionType
+from typing import Any
+
+import yaml
+
+from data_pipeline.filters.captions import Captions
+from data_pipeline.filters.duplicates import Duplicates
+from data_pipeline.filters.image_size import ImageSize
+from data_pipeline.filters.language import Language
+from data_pipeline.filters.near_duplicates import NearDuplicates
+from data_pipeline.filters.personal_data import PersonalData
+from data_pipeline.filters.scores import PseudoLabels, Scores, TopScores
+from data_pipeline.filters.step import Step
+
+_ALL = (
+    Captions,
+    Duplicates,
+    ImageSize,
+    Language,
+    NearDuplicates,
+    PersonalData,
+    PseudoLabels,
+    Scores,
+    TopScores,
+)
+STEPS: dict[str, type[Step]] = {step.name: step for step in _ALL}  # type: ignore[type-abstract]  # all are whole
+
+
+def parse_steps(words: Iterable[str]) -> list[Step]:
+    """The steps that `words` name, each of them a step, or a YAML file with a list of steps; in order.
+
+    Raises ValueError for a step, an option or a value that there is not, FileNotFoundError for a missing file.
+    """
+    steps: list[Step] = []
+    for word in words:
+        if word.endswith((".yaml", ".yml")):
+            steps += _from_file(Path(word))
+        else:
+            steps.append(_from_word(word))
+    return steps
+
+
+def step_line(step: type[Step]) -> str:
+    """A step in one line: its name, what it is for, its options."""
+    fields = dataclasses.fields(typing.cast(Any, step))
+    purpose = (step.__doc__ or "").strip().splitlines()[0].rstrip(".")
+    return f"{step.name}: {purpose} ({', '.join(field.name for field in fields)})"
+
+
+def _from_file(path: Path) -> list[Step]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file of filter steps {path}")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, list) or not tree:
+        raise ValueError(f"{path} holds no list of steps: write lines such as `- captions: {{min_words: 3}}`")
+    steps = []
+    for item in tree:
+        if isinstance(item, str):
+            steps.append(_from_word(item))
+        elif isinstance(item, dict) and len(item) == 1 and isinstance(next(iter(item.values())) or {}, dict):
+            name, options = next(iter(item.items()))
+            steps.append(_build(str(name), {str(key): value for key, value in (options or {}).items()}))
+        else:
+            raise ValueError(f"{path} has a step {item!r}: write `- name` or `- name: {{option: value}}`")
+    return steps
+
+
+def _from_word(word: str) -> Step:
+    name, _, rest = word.partition(":")
+    options: dict[str, Any] = {}
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise ValueError(f"filter step {word!r}: {part!r} is no option=value")
+        options[key.strip()] = value.strip()
+    return _build(name.strip(), options)
+
+
+def _build(name: str, options: dict[str, Any]) -> Step:
+    if name not in STEPS:
+        raise ValueError(f"there is no filter step {name!r}{_nearest(name, STEPS)}: use one of {', '.join(STEPS)}")
+    step = STEPS[name]
+    fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, step))}
+    kinds = typing.get_type_hints(step)
+    values = {}
+    for key, value in options.items():
+        if key not in fields:
+            known = ", ".join(fields)
+            raise ValueError(
+                f"filter step {name} has no option {key!r}{_nearest(key, fields)}: its options are {known}"
+            )
+        values[key] = _value(f"{name}:{key}", kinds[key], value)
+    for key, field in fields.items():
+        if key not in values and field.default is dataclasses.MISSING:
+            raise ValueError(f"filter step {name} needs the option {key}: write {name}:{key}=...")
+    return step(**values)
+
+
+def _value(option: str, kind: Any, value: Any) -> Any:
+    """A value of the field's type, from a text or from YAML; ValueError when it is of another."""
+    if isinstance(kind, UnionType):
+        if value is None or value == "none":
+            return None
+        (kind,) = (each for each in typing.get_args(kind) if each is not type(None))
+    if typing.get_origin(kind) is tuple:
+        parts = value.split("+") if isinstance(value, str) else value
+        if not isinstance(parts, list):
+            parts = [parts]
+        return tuple(_value(option, typing.get_args(kind)[0], part) for part in parts)
+    if kind is bool:
+        if str(value).lower() in ("true", "false"):
+            return str(value).lower() == "true"
+    elif kind in (int, float):
+        try:
+            if not isinstance(value, bool) and (kind is float or not isinstance(value, float)):
+                return kind(value)
+        except (ValueError, TypeError):
+            pass
+    elif isinstance(value, str) and value:
+        return kind(value)
+    raise ValueError(f"{option} is {value!r}: give {_WORDS[kind]}")
+
+
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "the path of a file"}
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f" (did you mean {near[0]!r}?)" if near else ""

@@ -1,0 +1,301 @@
+"""Run a list of steps over a data set: look at every sample, decide, write what is kept, report.
+
+Design choices:
+- One pass looks. It takes each sample through all steps, whatever a `SetStep` on the way may decide later, and notes
+  what each step would do, or the signature. Ranges of samples go to any number of processes.
+- The parent then decides step by step, in order, over the samples that are still there. So the result is that of one
+  step after the other, for one read of the data.
+- What is noted is numbers and signatures: some ten bytes for each sample that a step drops or changes.
+- A second pass writes the kept samples by `write_shards`, and lets only those steps look again that changed one.
+- A test set is compared as it lies: none of the steps changes it first.
+"""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.errors import DataError
+from data_pipeline.filters.look import Found, Look, look_at_all, outcomes
+from data_pipeline.filters.report import DatasetName, Example, FilterReport, StepReport
+from data_pipeline.filters.step import Change, Drop, SampleStep, SetStep, Signatures, Step
+from data_pipeline.reader import Dataset, open_dataset
+from data_pipeline.sample import Sample
+from data_pipeline.shards import SAMPLES_PER_SHARD, Progress, write_shards
+
+EXAMPLES = 3  # of each reason in the report
+MOST_STEPS = 63  # which of them changed a sample is one bit each of an int64
+
+
+def run_filters(
+    source: Path,
+    out: Path,
+    steps: Sequence[Step],
+    *,
+    against: Path | None = None,
+    samples_per_shard: int = SAMPLES_PER_SHARD,
+    processes: int | None = None,
+    progress: Progress | None = None,
+) -> FilterReport:
+    """Write what `steps` keep of the data set `source` into `out`, new or empty, and filters.json beside it.
+
+    against: a test set; what a step finds there too leaves `source`. `processes`: default all cores, 0 or 1 = this.
+    `progress(done, total)` counts samples that were looked at and written.
+    Raises ValueError when `out` holds something, there is no step, no step that compares with `against`, or two kept
+    samples of one key would come into one shard; FileNotFoundError when there is no data set; DataError when a shard
+    is bad or no sample is kept.
+    """
+    refuse_existing(out)
+    comparing = _comparing(steps, against)
+    dataset = open_dataset(source)
+    test = open_dataset(against) if against else None
+    if test is not None and test.fingerprint == dataset.fingerprint:
+        raise ValueError(f"{against} is the same data set as {source}: nothing of it would be left")
+    looked, of_test = len(dataset), len(test) if test else 0
+
+    def look_progress(done: int, _: int) -> None:
+        if progress:
+            progress(done, 2 * looked + of_test)
+
+    jobs = [Look(dataset, tuple(steps), None)]
+    if test is not None:
+        jobs.append(Look(test, tuple(steps), comparing))
+    found, *of_others = look_at_all(jobs, processes, look_progress)
+    decision = _decide(dataset, steps, found, (test, of_others[0]) if test is not None else None)
+    kept, mask = np.flatnonzero(decision.alive), decision.changed[decision.alive]
+    if not kept.size:
+        most = max(decision.steps, key=lambda step: step.removed)
+        raise DataError(
+            f"nothing would be left of the {looked} samples of {source}: {most.step} removes {most.removed} of them, "
+            f"most because of: {next(iter(most.reasons))}"
+        )
+    _refuse_equal_keys(found.key_hashes[kept], samples_per_shard, source, lambda row: dataset.key(int(kept[row])))
+
+    def write_progress(done: int, total: int) -> None:
+        if progress:
+            progress(looked + of_test + done, looked + of_test + total)
+
+    report = FilterReport(
+        source=_name(source, dataset),
+        against=_name(against, test) if against and test is not None else None,
+        against_unreadable=len(
+            {sample for other in of_others for ids in other.drops.values() for sample in ids.tolist()}
+        ),
+        seen=looked,
+        kept=len(kept),
+        changed=int(np.count_nonzero(mask)),
+        steps=tuple(decision.steps),
+    )
+    with tempfile.TemporaryDirectory(prefix="weft-filter-") as temporary:
+        make = _MakeKept.spill(Path(temporary), dataset, steps, kept, mask)
+        write_shards(
+            len(kept), make, out, samples_per_shard=samples_per_shard, processes=processes, progress=write_progress
+        )
+    try:
+        report.save(out)
+    except BaseException:  # shards that nobody can say the origin of are of no use
+        shutil.rmtree(out, ignore_errors=True)
+        raise
+    return report
+
+
+def refuse_existing(out: Path) -> None:
+    """ValueError when `out` is there and not an empty folder: told before any work."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is there already and not an empty folder: give a new one, or remove it")
+
+
+def _comparing(steps: Sequence[Step], against: Path | None) -> tuple[int, ...]:
+    """Numbers of the steps that compare with a test set; ValueError when the list or the test set makes no sense."""
+    if not 1 <= len(steps) <= MOST_STEPS:
+        raise ValueError(f"{len(steps)} filter steps: give 1 to {MOST_STEPS}")
+    comparing = tuple(
+        number for number, step in enumerate(steps) if against and isinstance(step, SetStep) and step.compares
+    )
+    if against and not comparing:
+        raise ValueError(
+            f"none of the steps compares with a test set, so {against} would change nothing: "
+            "add duplicates or near-duplicates, or leave the test set out"
+        )
+    return comparing
+
+
+Removal = tuple[str, np.ndarray, Callable[[int], str]]  # reason, ids of samples, what it was in one of them
+
+
+@dataclass
+class _Decision:
+    """Which samples are left, which steps changed them (a bit each), and what each step is reported to have done."""
+
+    alive: np.ndarray  # bool, one a sample
+    changed: np.ndarray  # int64, one a sample
+    steps: list[StepReport] = field(default_factory=list)
+
+
+def _decide(dataset: Dataset, steps: Sequence[Step], found: Found, test: tuple[Dataset, Found] | None) -> _Decision:
+    """One step after the other, each over what those before it have left."""
+    decision = _Decision(np.ones(len(dataset), bool), np.zeros(len(dataset), np.int64))
+    for number, step in enumerate(steps):
+        removals: list[Removal] = [
+            (reason, ids[decision.alive[ids]], _Again(dataset, steps, number).detail)
+            for (of, reason), ids in found.drops.items()
+            if of == number
+        ]
+        if isinstance(step, SetStep) and number in found.signed:
+            ids, rows_NW = found.signed[number], found.signatures[number]
+            left = decision.alive[ids]
+            removals += _decide_set(step, number, dataset, ids[left], rows_NW[left], test)
+        changes = {what: ids[decision.alive[ids]] for (of, what), ids in sorted(found.changes.items()) if of == number}
+        seen = int(np.count_nonzero(decision.alive))
+        for ids in changes.values():
+            decision.changed[ids] |= 1 << number
+        for _, ids, _ in removals:
+            decision.alive[ids] = False
+        changed = np.unique(np.concatenate([*changes.values(), np.empty(0, np.int64)]))
+        decision.steps.append(
+            StepReport(
+                step=step.name,
+                options=step.options(),
+                seen=seen,
+                removed=seen - int(np.count_nonzero(decision.alive)),
+                changed=len(changed),
+                reasons=_counts({reason: len(ids) for reason, ids, _ in removals}),
+                changes=_counts({what: len(ids) for what, ids in changes.items()}),
+                examples=tuple(_examples(dataset, removals)),
+            )
+        )
+    return decision
+
+
+def _decide_set(
+    step: SetStep,
+    number: int,
+    dataset: Dataset,
+    ids: np.ndarray,
+    rows_NW: np.ndarray,
+    test: tuple[Dataset, Found] | None,
+) -> list[Removal]:
+    """What a step that needs all samples removes of those that are left."""
+    if not len(ids):
+        return []
+    others = None
+    if test is not None and number in test[1].signed:
+        others = Signatures(test[1].signatures[number], _Place(test[0], test[1].signed[number]))
+    return [
+        (removed.reason, ids[removed.rows], _OfRow(ids, removed.detail))
+        for removed in step.decide(Signatures(rows_NW, _Place(dataset, ids)), others)
+    ]
+
+
+@dataclass(frozen=True)
+class _OfRow:
+    """Id of a sample -> detail, from row -> detail; ids ascend."""
+
+    ids: np.ndarray
+    detail: Callable[[int], str]
+
+    def __call__(self, sample: int) -> str:
+        return self.detail(int(np.searchsorted(self.ids, sample)))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Row -> which sample it is, in words."""
+
+    dataset: Dataset
+    ids: np.ndarray
+
+    def __call__(self, row: int) -> str:
+        sample = int(self.ids[row])
+        return f"{self.dataset.key(sample)} in {self.dataset.shard_file(sample)}"
+
+
+@dataclass(frozen=True)
+class _Again:
+    """Looks once more at a sample, for what a step says of it in detail."""
+
+    dataset: Dataset
+    steps: Sequence[Step]
+    number: int
+
+    def detail(self, sample: int) -> str:
+        """The detail of the drop by this step."""
+        last = None
+        for number, outcome in outcomes(self.dataset.read(sample), self.steps):
+            if number == self.number:
+                last = outcome
+        assert isinstance(last, Drop), "a step judges a sample the same whenever it looks"
+        return last.detail
+
+
+def _examples(dataset: Dataset, removals: list[Removal]) -> Iterator[Example]:
+    """The first few samples of each reason, in order of the reasons."""
+    for reason, ids, detail in sorted(removals, key=lambda removal: removal[0]):
+        for sample in ids[:EXAMPLES].tolist():
+            yield Example(dataset.key(sample), dataset.shard_file(sample), reason, detail(sample))
+
+
+def _counts(counts: dict[str, int]) -> dict[str, int]:
+    """Those above 0, the most frequent first, then by name."""
+    return dict(
+        sorted(((name, count) for name, count in counts.items() if count), key=lambda each: (-each[1], each[0]))
+    )
+
+
+def _refuse_equal_keys(hashes: np.ndarray, samples_per_shard: int, source: Path, key: Callable[[int], str]) -> None:
+    """ValueError when two kept samples of one key would come into one shard: told before they are written."""
+    shard = np.arange(len(hashes)) // samples_per_shard
+    order = np.lexsort((hashes, shard))
+    same = (hashes[order][1:] == hashes[order][:-1]) & (shard[order][1:] == shard[order][:-1])
+    if same.any():
+        first = int(order[1:][same].min())
+        raise ValueError(
+            f"{np.count_nonzero(same)} keys of {source} are those of samples in other shards too, such as "
+            f"{key(first)!r}, and would come into one shard: see `weft data check`, and give every sample its own key"
+        )
+
+
+def _name(path: Path, dataset: Dataset) -> DatasetName:
+    return DatasetName(str(path), dataset.fingerprint, len(dataset))
+
+
+@dataclass(frozen=True)
+class _MakeKept:
+    """make(i) for `write_shards`: kept sample i, changed again by the steps that changed it; its plan lies on disk."""
+
+    folder: Path
+
+    @classmethod
+    def spill(
+        cls, folder: Path, dataset: Dataset, steps: Sequence[Step], kept: np.ndarray, changed: np.ndarray
+    ) -> _MakeKept:
+        """Put the plan on disk, for any process to take up."""
+        np.save(folder / "kept.npy", kept.astype(np.int64))
+        np.save(folder / "changed.npy", changed)
+        (folder / "plan").write_bytes(pickle.dumps((dataset, tuple(steps))))
+        return cls(folder)
+
+    def __call__(self, number: int) -> Sample:
+        dataset, steps, kept, changed = _load_plan(self.folder)
+        sample = dataset.read(int(kept[number]))
+        mask = int(changed[number])
+        for step_number, step in enumerate(steps):
+            if mask >> step_number & 1:
+                outcome = step.look(sample) if isinstance(step, SampleStep) else None
+                assert isinstance(outcome, Change), "a step judges a sample the same whenever it looks"
+                sample = outcome.sample
+        return sample
+
+
+@lru_cache(maxsize=1)
+def _load_plan(folder: Path) -> tuple[Dataset, tuple[Step, ...], np.ndarray, np.ndarray]:
+    """What `spill` wrote, a moment ago and into a folder of this user alone."""
+    dataset, steps = pickle.loads((folder / "plan").read_bytes())
+    return dataset, steps, np.load(folder / "kept.npy", mmap_mode="r"), np.load(folder / "changed.npy", mmap_mode="r")

@@ -1,0 +1,181 @@
+"""Annotation files as data sets publish them: JSON, one JSON object a line, CSV and TSV.
+
+Whatever is wrong with one is a DataError of one sentence that names the file and, where it is known, the place in it.
+An annotation file comes from somebody else: no value is used before its type is known (`need`).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from data_pipeline.errors import DataError
+
+Value = TypeVar("Value")
+
+LONGEST_VALUE = 1 << 24  # characters of one value in a CSV; the csv module's own limit is 131072
+LONGEST_MEMBER = 1 << 26  # characters of one member of a JSON object that is read bit by bit
+CHUNK = 1 << 20  # characters read at once
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds."""
+    with _told(path):
+        tree = json.loads(path.read_text(encoding="utf-8-sig"))
+    if not isinstance(tree, dict):
+        raise DataError(f"{path} holds {_name(tree)} where an object should be")
+    return tree
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where it stands, object) of each line of a JSON-lines file; blank lines aside."""
+    number = 0
+    with path.open(encoding="utf-8-sig") as file:
+        while True:
+            number += 1
+            where = f"{path} line {number}"
+            with _told(where):
+                line = file.readline()
+                tree = json.loads(line) if line.strip() else None
+            if not line:
+                return
+            if tree is None:
+                continue
+            if not isinstance(tree, dict):
+                raise DataError(f"{where} holds {_name(tree)} where an object should be")
+            yield where, tree
+
+
+def json_members(path: Path) -> Iterator[tuple[str, Any]]:
+    """(name, value) of each member of the object in a JSON file, one at a time: the file may be larger than memory."""
+    decoder = json.JSONDecoder()
+    with path.open(encoding="utf-8-sig") as file, _told(path):
+        buffer, place = "", 0
+        opened = False
+        while True:
+            chunk = file.read(CHUNK)
+            buffer, place = buffer[place:] + chunk, 0
+            if not opened:
+                buffer = buffer.lstrip()
+                if buffer and buffer[0] != "{":
+                    raise DataError(f"{path} does not begin with {{, as a JSON object does")
+                opened, place = bool(buffer), 1
+            while True:
+                member = _member(decoder, buffer, place)
+                if member is None:
+                    break
+                name, value, place = member
+                if name is None:
+                    return
+                yield name, value
+            if not chunk or len(buffer) - place > LONGEST_MEMBER:
+                raise DataError(f"{path} is damaged or cut short: no JSON object goes on with {buffer[place:][:40]!r}")
+
+
+def rows(
+    path: Path, columns: Sequence[str], *, delimiter: str = ",", quoted: bool = True, encoding: str = "utf-8-sig"
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """(where it stands, row by column) of a CSV with a header that has all of `columns`; missing cells are ""."""
+    csv.field_size_limit(LONGEST_VALUE)
+    number = 1
+    with path.open(newline="", encoding=encoding) as file:
+        reader = csv.DictReader(
+            file,
+            delimiter=delimiter,
+            quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
+            skipinitialspace=quoted,
+            restval="",
+        )
+        with _told(path):
+            there = list(reader.fieldnames or ())
+        missing = [column for column in columns if column not in there]
+        if missing:
+            has = ", ".join(map(repr, there)) or "of an empty file"
+            raise DataError(f"{path} has the columns {has}, and lacks {', '.join(map(repr, missing))}")
+        while True:
+            with _told(f"{path} after line {number}"):
+                row = next(reader, None)
+            if row is None:
+                return
+            number = reader.line_num
+            yield f"{path} line {number}", row
+
+
+def need(record: dict[str, Any], name: str, kind: type[Value], where: str) -> Value:
+    """record[name], which must be there and a `kind` (an int is a float too); DataError says `where` it is not."""
+    value = record.get(name)
+    if kind is float and type(value) is int:
+        return value  # type: ignore[return-value]  # as Python has it for annotations: int where float is wanted
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        found = f"is {_name(value)}" if name in record else "is not there"
+        raise DataError(f"{where}: {name!r} {found}, where {_name(kind())} should be")
+    return value
+
+
+def need_id(record: dict[str, Any], name: str, where: str) -> str | int:
+    """record[name], a number or a text by which data sets call their things."""
+    return need(record, name, str, where) if isinstance(record.get(name), str) else need(record, name, int, where)
+
+
+def objects(tree: dict[str, Any], name: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where it stands, object) of each element of the list tree[name]."""
+    for number, element in enumerate(need(tree, name, list, str(path))):
+        where = f"{path}, {name}[{number}]"
+        if not isinstance(element, dict):
+            raise DataError(f"{where} is {_name(element)} where an object should be")
+        yield where, element
+
+
+def clean(text: str) -> str:
+    """The text without blanks around it; half characters, which JSON can spell and no encoder takes, become "?"."""
+    return text.encode("utf-8", "replace").decode("utf-8").strip()
+
+
+def _member(decoder: json.JSONDecoder, text: str, place: int) -> tuple[str | None, Any, int] | None:
+    """The member of an object at `place`: (name, value, place after it); name None at the end; None: more is needed."""
+    after = _skip(text, place, ",")
+    if text[after : after + 1] == "}":
+        return None, None, after + 1
+    try:
+        name, after = decoder.raw_decode(text, after)
+        colon = _skip(text, after)
+        if not isinstance(name, str) or text[colon : colon + 1] != ":":
+            return None
+        value, after = decoder.raw_decode(text, _skip(text, colon + 1))
+    except json.JSONDecodeError:
+        return None
+    if text[_skip(text, after) : _skip(text, after) + 1] not in (",", "}"):  # a number may go on
+        return None
+    return name, value, after
+
+
+def _skip(text: str, place: int, also: str = "") -> int:
+    """The next place that is no blank, nor one of `also`."""
+    while place < len(text) and text[place] in " \t\r\n" + also:
+        place += 1
+    return place
+
+
+@contextmanager
+def _told(where: object) -> Iterator[None]:
+    """Turns what parsers raise into a DataError that says where."""
+    try:
+        yield
+    except DataError:
+        raise
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where} is not UTF-8 ({error})") from error
+    except csv.Error as error:
+        raise DataError(f"{where} is damaged: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not JSON, damaged or cut short ({error})") from error
+
+
+def _name(value: Any) -> str:
+    """What a JSON value is, in words."""
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")

@@ -1,0 +1,68 @@
+"""Connect this process to a Ray: one of its own on this machine, or that of a cluster.
+
+    address = connect("local")       # or connect("10.0.0.1:6379"); other processes: connect(address)
+    disconnect()
+
+Ray listens on every interface of the machine, and lets in who has its token. One of our own keeps its logs in a folder
+that goes away with it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import shutil
+import socket
+import tempfile
+from typing import Any
+
+import ray
+
+from data_pipeline.errors import DataError
+
+NAMESPACE = "weft"
+_folders: list[str] = []  # of a Ray that this process has started
+
+
+def connect(address: str, processors: int = 2, store_bytes: int | None = None) -> str:
+    """Connect this process to Ray and return the address for others to connect to.
+
+    address: "local" starts a Ray on this machine that ends with this process, with so many processors and so much
+    memory for objects; else that of a cluster. Raises DataError when there is no such cluster.
+    """
+    settings: dict[str, Any] = {
+        "namespace": NAMESPACE,
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "configure_logging": False,
+    }
+    if address == "local":
+        _folders.append(tempfile.mkdtemp(prefix="weft-ray-", dir="/tmp"))  # a socket's path may not be long
+        settings |= {"num_cpus": processors, "include_dashboard": False, "object_store_memory": store_bytes}
+        settings |= {"_node_ip_address": "127.0.0.1", "_temp_dir": _folders[-1]}
+    host, _, port = address.rpartition(":")
+    if port.isdigit():
+        _refuse_nobody(host, int(port))  # Ray would try for minutes
+    try:
+        context: Any = ray.init(address=address, **settings)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise DataError(f"there is no Ray cluster at {address} ({str(error).splitlines()[0]})") from error
+    return str(context.address_info["gcs_address"])
+
+
+@atexit.register
+def disconnect() -> None:
+    """Leave Ray; one that this process has started ends, and nothing of it stays."""
+    ray.shutdown()
+    while _folders:
+        shutil.rmtree(_folders.pop(), ignore_errors=True)
+
+
+def _refuse_nobody(host: str, port: int) -> None:
+    """DataError when nobody listens there."""
+    if "//" in host:
+        raise DataError(f"{host}:{port} is an address for Ray Client, which has no shared memory: give HOST:PORT")
+    try:
+        socket.create_connection((host, port), timeout=10).close()
+    except OSError as error:
+        raise DataError(f"there is no Ray cluster at {host}:{port} ({error.strerror or error})") from error

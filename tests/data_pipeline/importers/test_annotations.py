@@ -1,0 +1,82 @@
+"""Reading annotation files: large JSON bit by bit, and tables."""
+
+import json
+
+import pytest
+
+from data_pipeline.errors import DataError
+from data_pipeline.importers import annotations
+from data_pipeline.importers.annotations import clean, json_lines, json_members, need, read_json, rows
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1000])
+def test_members_come_out_wherever_the_chunks_end(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(annotations, "CHUNK", chunk)
+    tree = {"a": {"x": [1, 2, {"y": "}, {"}]}, 'b"é': "text", "c": 123456, "d": None, "e": [], "f": -1.5e10}
+    for indent in (None, 2):
+        (tmp_path / "x.json").write_text(f"\n {json.dumps(tree, indent=indent)}\n")
+        assert list(json_members(tmp_path / "x.json")) == list(tree.items())
+    (tmp_path / "x.json").write_text("{ }")
+    assert list(json_members(tmp_path / "x.json")) == []
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"a"', '{"a": 1', '{"a": {"b": 1}, "c": [1, ', '{"a" 1}', "{1: 2}", "[]"])
+def test_damage_is_found_wherever_it_is(tmp_path, monkeypatch, text):
+    monkeypatch.setattr(annotations, "CHUNK", 3)
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(DataError, match=r"x\.json (is damaged|does not begin)"):
+        list(json_members(tmp_path / "x.json"))
+
+
+def test_damage_at_the_front_is_told_before_all_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(annotations, "CHUNK", 10)
+    monkeypatch.setattr(annotations, "LONGEST_MEMBER", 100)
+    (tmp_path / "x.json").write_text('{"a": nonsense' + "x" * 200 + "\xff")
+    with pytest.raises(DataError, match="damaged"):
+        list(json_members(tmp_path / "x.json"))
+
+
+def test_lines_have_numbers_and_may_be_blank(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('\ufeff{"a": 1}\n\n{"a": 2}')
+    assert [(where.rpartition(" ")[2], tree) for where, tree in json_lines(path)] == [("1", {"a": 1}), ("3", {"a": 2})]
+    path.write_text('{"a": 1}\n5\n')
+    with pytest.raises(DataError, match="line 2 holds a number where an object should be"):
+        list(json_lines(path))
+    path.write_bytes(b'{"a": 1}\n\xff\n')
+    with pytest.raises(DataError, match="is not UTF-8"):
+        list(json_lines(path))
+
+
+def test_tables(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text('\ufeffid,caption\n1,"a, ""b"""\n2\n', encoding="utf-8")
+    assert [row for _, row in rows(path, ["id"])] == [{"id": "1", "caption": 'a, "b"'}, {"id": "2", "caption": ""}]
+    path.write_text('id\tcaption\n1\t"open\n2\tx\n')
+    assert [row["caption"] for _, row in rows(path, ["caption"], delimiter="\t", quoted=False)] == ['"open', "x"]
+    for text, words in (("", "columns of an empty file"), ("a,b\n", "'a', 'b', and lacks 'caption'")):
+        path.write_text(text)
+        with pytest.raises(DataError, match=words):
+            list(rows(path, ["caption"]))
+    path.write_text("caption\n" + "x" * (annotations.LONGEST_VALUE + 1))
+    with pytest.raises(DataError, match="after line 1 is damaged"):
+        list(rows(path, ["caption"]))
+    path.write_bytes(b"caption\n\xff\n")
+    with pytest.raises(DataError, match="is not UTF-8"):
+        list(rows(path, ["caption"]))
+
+
+def test_values_are_of_their_kind():
+    record = {"a": 1, "b": True, "c": None, "d": 1.5}
+    assert need(record, "a", int, "x") == need(record, "a", float, "x") == 1
+    assert need(record, "d", float, "x") == 1.5
+    for name, kind in (("b", int), ("c", str), ("d", int), ("e", dict), ("b", float)):
+        with pytest.raises(DataError, match=f"^x: '{name}' is "):
+            need(record, name, kind, "x")
+
+
+def test_half_characters_and_no_object(tmp_path):
+    assert clean(" a\ud800b ") == "a?b"
+    (tmp_path / "x.json").write_text("1" * 5000)  # more digits than Python takes
+    with pytest.raises(DataError, match="is not JSON"):
+        read_json(tmp_path / "x.json")
