@@ -10,6 +10,7 @@ Design choices:
 - Pairs beyond N are encrypted again until they fall below N ("cycle walking"), which makes it a permutation of N.
   a b - N < a, so few positions walk, and each only a little.
 - Everything is numpy over whole arrays; the epoch is part of the key, so one call may span epochs.
+- A single position would spend some 300 microseconds in numpy's calls: it goes the same way in Python's integers.
 
 Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains" (generalised Feistel, cycle walking).
 Hash: the finaliser of SplitMix64 (Steele, Lea and Flood 2014, "Fast Splittable Pseudorandom Number Generators").
@@ -25,6 +26,7 @@ import numpy as np
 
 ROUNDS = 10
 LARGEST = 1 << 62  # positions and ids are int64
+WORD = (1 << 64) - 1
 
 
 class ReadingOrder(Protocol):
@@ -62,11 +64,23 @@ class Order:
 
     def sample_ids(self, positions: np.ndarray) -> np.ndarray:
         """Sample ids (int64, the shape of `positions`) at int64 positions; ValueError for a negative one."""
+        positions = np.asarray(positions, dtype=np.int64)
+        if positions.size == 1 and self.shuffle and (position := positions.item()) >= 0:
+            return np.array(self._sample_id(position)).reshape(positions.shape)
         epochs, places = split(positions, self.samples)
         if not self.shuffle:
             return places
         keys = mix(mix(np.uint64(self.seed % 2**64)) + epochs.astype(np.uint64))
         return permute(places.ravel(), keys.ravel(), self.samples).reshape(places.shape)
+
+    def _sample_id(self, position: int) -> int:
+        """The same for one position."""
+        epoch, place = divmod(position, self.samples)
+        key = _mix_one(_mix_one(self.seed % 2**64) + epoch)
+        place = _feistel_one(place, key, self.samples)
+        while place >= self.samples:
+            place = _feistel_one(place, key, self.samples)
+        return place
 
 
 def split(positions: np.ndarray, samples: int) -> tuple[np.ndarray, np.ndarray]:
@@ -87,11 +101,15 @@ def permute(places: np.ndarray, keys: np.ndarray, count: int) -> np.ndarray:
     return moved.astype(np.int64)
 
 
+def _radices(count: int) -> tuple[int, int]:
+    """a and b near the square root of count, with a b >= count."""
+    a = isqrt(count - 1) + 1
+    return a, -(-count // a)
+
+
 def _feistel(places: np.ndarray, keys: np.ndarray, count: int) -> np.ndarray:
     """One permutation of 0 .. a b - 1 a key; places and keys uint64 [n]."""
-    a = isqrt(count - 1) + 1
-    b = -(-count // a)
-    radix_left, radix_right = np.uint64(a), np.uint64(b)
+    radix_left, radix_right = map(np.uint64, _radices(count))
     left: np.ndarray = places // radix_right
     right: np.ndarray = places % radix_right
     for number in range(0, ROUNDS, 2):
@@ -106,3 +124,32 @@ def mix(numbers: np.ndarray | np.uint64) -> np.ndarray:
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return (mixed ^ (mixed >> np.uint64(31))).reshape(np.shape(numbers))
+
+
+# --- one number at a time
+
+
+def _feistel_one(place: int, key: int, count: int) -> int:
+    """What `_feistel` does, of one place."""
+    radix_left, radix_right = _radices(count)
+    left, right = divmod(place, radix_right)
+    for number in range(0, ROUNDS, 2):
+        left = (left + _mix_twice(right + (number << 32), key)) % radix_left
+        right = (right + _mix_twice(left + (number + 1 << 32), key)) % radix_right
+    return left * radix_right + right
+
+
+def _mix_twice(number: int, key: int) -> int:
+    """mix(key + mix(number)), written out: calls are half of the time."""
+    number = (number + 0x9E3779B97F4A7C15) & WORD
+    number = ((number ^ (number >> 30)) * 0xBF58476D1CE4E5B9) & WORD
+    number = ((number ^ (number >> 27)) * 0x94D049BB133111EB) & WORD
+    return _mix_one(key + (number ^ (number >> 31)))
+
+
+def _mix_one(number: int) -> int:
+    """What `mix` does, of one number, taken modulo 2^64."""
+    number = (number + 0x9E3779B97F4A7C15) & WORD
+    number = ((number ^ (number >> 30)) * 0xBF58476D1CE4E5B9) & WORD
+    number = ((number ^ (number >> 27)) * 0x94D049BB133111EB) & WORD
+    return number ^ (number >> 31)

@@ -83,7 +83,8 @@ def _in_process(
 def _shared(batches: Batches, ranks: Ranks, steps: range) -> Batches:
     """The reader's batches on all ranks of its copy, on their devices; elsewhere `batches` is never begun.
 
-    An error of the reader is raised on every rank. What could not be used is told by the reader alone.
+    An error of the reader is raised on every rank. What could not be used is told by the reader alone. All shapes are
+    told at the first step; later only the height and width of the pictures may change (data.aspect).
     """
     group = ranks.copy_group
     assert group is not None
@@ -99,13 +100,16 @@ def _shared(batches: Batches, ranks: Ranks, steps: range) -> Batches:
                     told = [{name: (sent.shape, sent.dtype) for name, sent in _packed(batch).items()}]
                 except (DataError, OSError) as error:
                     told = [error.with_traceback(None)]
-            failed = torch.tensor([int(isinstance(told[0], Exception))])
-            dist.broadcast(failed, reader, group=group)
+            head = torch.tensor([isinstance(told[0], Exception), *(batch.image.shape[2:] if batch else (0, 0))])
+            dist.broadcast(head, reader, group=group)
+            failed, *size = head.tolist()
             if failed or step == steps.start:
                 dist.broadcast_object_list(told, reader, group=group, device=torch.device("cpu"))
                 if isinstance(told[0], Exception):
                     raise told[0]
                 shapes = told[0]
+            rows, _, _, channels = shapes["image"][0]
+            shapes["image"] = torch.Size((rows, *size, channels)), shapes["image"][1]
             packed = _packed(batch) if batch else {}
             for name, (shape, dtype) in shapes.items():
                 tensor = packed.setdefault(name, torch.empty(shape, dtype=dtype, device=ranks.device))

@@ -49,7 +49,7 @@ class PlainDualEncoder(nn.Module):
         grid = vision.image_size // vision.patch
         self.patch = vision.patch
         self.patches = nn.Linear(3 * vision.patch**2, vision.width)
-        self.register_buffer("grid", sincos_2d(grid, vision.width), persistent=False)
+        self.register_buffer("grid", sincos_2d(grid, grid, vision.width), persistent=False)
         self.vision = nn.Sequential(
             *(PlainBlock(vision, False) for _ in range(vision.layers)), nn.LayerNorm(vision.width)
         )

@@ -65,6 +65,11 @@ class Data(Section):
         None, description="tokenizer.json to use; default: trained on the captions of data.train"
     )
     crop_scale: tuple[float, float] = Field((1.0, 1.0), description="share of the picture's area a training crop keeps")
+    aspect: float = Field(
+        1.0,
+        ge=1,
+        description="longer side over shorter that training pictures keep, each batch of one shape; 1: all are squares",
+    )
     flip: bool = Field(False, description="mirror half of the training pictures (changes the truth of 'left of')")
     max_corrupt: int = Field(100, ge=0, description="undecodable samples to replace and report before the run stops")
 
@@ -73,6 +78,13 @@ class Data(Section):
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ValueError(f"crop_scale is [{low}, {high}], but a crop keeps 0 < low <= high <= 1 of the area")
+        return self
+
+    @model_validator(mode="after")
+    def _one_order_at_a_time(self) -> Data:
+        if self.aspect > 1 and (self.also or self.block):
+            other = "also" if self.also else "block"
+            raise ValueError(f"aspect is {self.aspect} and {other} is given, but each is an order of its own: give one")
         return self
 
     @model_validator(mode="after")

@@ -4,9 +4,26 @@ from __future__ import annotations
 
 from pathlib import PurePosixPath
 
-from data_pipeline import BlockOrder, Cache, Dataset, Joined, Mixture, Order, Phase, ReadingOrder, open_dataset
-from pretrain.config import Recipe
+import numpy as np
+import torch.distributed as dist
 
+from data_pipeline import (
+    BlockOrder,
+    BucketOrder,
+    Cache,
+    Dataset,
+    Joined,
+    Mixture,
+    Order,
+    Phase,
+    ReadingOrder,
+    bucket_sizes,
+    open_dataset,
+    read_aspects,
+)
+from data_pipeline.index import written_whole
+from pretrain.config import Recipe
+from pretrain.parallel.groups import Ranks
 
 def cache_of(recipe: Recipe) -> Cache:
     """Where what is fetched of shards at a URL is kept."""
@@ -20,9 +37,16 @@ def open_training_data(recipe: Recipe) -> Dataset | Joined:
     return Joined(parts) if recipe.data.also else parts[0]
 
 
-def reading_order(recipe: Recipe, dataset: Dataset | Joined) -> ReadingOrder:
-    """Which sample is read when. Raises ValueError for weights that make no sense."""
+def reading_order(recipe: Recipe, dataset: Dataset | Joined, aspects: np.ndarray | None = None) -> ReadingOrder:
+    """Which sample is read when; `aspects` [samples] are those of the pictures, where data.aspect asks for them.
+
+    Raises ValueError for weights that make no sense.
+    """
     settings, seed = recipe.data, recipe.run.seed
+    if aspects is not None:
+        vision = recipe.model.vision
+        sizes = bucket_sizes(vision.image_size, vision.patch, settings.aspect)
+        return BucketOrder(aspects, sizes, recipe.train.global_batch, seed)
 
     def order(samples: int, number: int) -> ReadingOrder:
         # two sources of the same size are not to be read in the same order
@@ -35,6 +59,22 @@ def reading_order(recipe: Recipe, dataset: Dataset | Joined) -> ReadingOrder:
     phases = [Phase(0, (settings.weight, *(source.weight for source in settings.also)))]
     phases += [Phase(phase.step * batch, phase.weights) for phase in settings.schedule]
     return Mixture(tuple(order(len(part), number) for number, part in enumerate(dataset.parts)), tuple(phases), seed)
+
+
+def picture_aspects(recipe: Recipe, dataset: Dataset | Joined, ranks: Ranks) -> np.ndarray | None:
+    """Width / height of every picture, float32 [samples], where data.aspect asks for them; every rank calls this.
+
+    The first rank reads all headers once and keeps what they say in the run's folder.
+    """
+    if recipe.data.aspect == 1:
+        return None
+    path = recipe.run.dir / f"aspects-{dataset.fingerprint[:12]}.npy"
+    if ranks.is_first and not path.is_file():
+        with written_whole(path) as unfinished, unfinished.open("wb") as file:
+            np.save(file, read_aspects(dataset))
+    dist.barrier(group=ranks.control_group)
+    aspects: np.ndarray = np.load(path, allow_pickle=False)
+    return aspects
 
 
 def samples_read(recipe: Recipe, order: ReadingOrder, position: int) -> dict[str, int]:

@@ -38,7 +38,7 @@ from pretrain.parallel.layout import Layout
 from pretrain.preflight import check
 from pretrain.quarantine import Quarantine
 from pretrain.schedule import learning_rate
-from pretrain.sources import reading_order, samples_read
+from pretrain.sources import picture_aspects, reading_order, samples_read
 from pretrain.watchdog import Watchdog, collective_timeout
 
 CAPTIONS_FOR_TOKENIZER = 200_000
@@ -100,7 +100,7 @@ def _train(
             + (f"; going on from step {start}" if start else "")
         )
 
-    order = reading_order(recipe, dataset)
+    order = reading_order(recipe, dataset, picture_aspects(recipe, dataset, ranks))
     quarantine = Quarantine(recipe, start, ranks)
     waiting_hint = WaitHint(recipe.data.loader, recipe.data.workers, layout.world, os.cpu_count() or 1)
     guard = Guard(settings, run, checkpoint.guard if checkpoint else None)

@@ -17,7 +17,7 @@ from pretrain.sections import Text, Vision
 
 
 class VisionTower(Chunk):
-    """Vision transformer (Dosovitskiy et al. 2021): uint8 picture [B, 3, size, size] -> fp32 [B, E] of unit length.
+    """Vision transformer (Dosovitskiy et al. 2021): uint8 picture [B, 3, H, W] -> fp32 [B, E] of unit length.
 
     A chunk that is not the first takes hidden states instead of the picture; one that is not the last gives them.
     """
@@ -78,25 +78,39 @@ class TextTower(Chunk):
 
 
 class Patches(torch.nn.Module):
-    """uint8 picture [B, 3, size, size] -> [S, B, D]: a linear map of each patch, and its position."""
+    """uint8 picture [B, 3, H, W] -> [S, B, D]: a linear map of each patch, and its position.
+
+    H and W are whole patches. In pictures that are not the square of the recipe, fixed positions count on from the same
+    corner, and learned ones are resized to the grid (Dosovitskiy et al. 2021, section 3.2).
+    """
 
     def __init__(self, config: Vision, dtype: torch.dtype, width: int | None = None) -> None:
         super().__init__()
         self.patch, self.side, width = config.patch, config.image_size, width or config.width
-        grid = config.image_size // config.patch
+        self.square = grid = config.image_size // config.patch
         self.linear = torch.nn.Linear(3 * config.patch**2, width, dtype=dtype)
         self.grid: torch.Tensor
         self.positions: torch.nn.Parameter | None = None
         if config.positions == "learned":
             self.positions = torch.nn.Parameter(torch.empty(grid**2, width, dtype=dtype))
         else:
-            self.register_buffer("grid", sincos_2d(grid, width).to(dtype), persistent=False)
+            self.register_buffer("grid", sincos_2d(grid, grid, width).to(dtype), persistent=False)
 
     def forward(self, image_BCHW: torch.Tensor) -> torch.Tensor:
         pixels = image_BCHW.to(self.linear.weight.dtype) / 127.5 - 1
         hidden_SBD = self.linear(cut_into_patches(pixels, self.patch)).transpose(0, 1)
-        positions = self.grid if self.positions is None else self.positions
-        return hidden_SBD + positions[:, None]
+        rows, columns = (side // self.patch for side in image_BCHW.shape[2:])
+        return hidden_SBD + self._positions(rows, columns).to(hidden_SBD)[:, None]
+
+    def _positions(self, rows: int, columns: int) -> torch.Tensor:
+        """[rows * columns, D]."""
+        is_square = rows == columns == self.square
+        if self.positions is None:
+            return self.grid if is_square else sincos_2d(rows, columns, self.grid.shape[1])
+        if is_square:
+            return self.positions
+        table_1DRQ = self.positions.unflatten(0, (self.square, self.square)).permute(2, 0, 1)[None]
+        return F.interpolate(table_1DRQ, (rows, columns), mode="bilinear")[0].flatten(1).T
 
 
 def token_table(config: Text, build: Build) -> VocabParallelEmbedding:
@@ -130,14 +144,14 @@ def cut_into_patches(pixels_BCHW: torch.Tensor, patch: int) -> torch.Tensor:
     return grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, channels * patch * patch)
 
 
-def sincos_2d(grid: int, width: int) -> torch.Tensor:
-    """Fixed positions [grid * grid, width]: sines and cosines of row and column (MoCo v3, Chen et al. 2021)."""
+def sincos_2d(rows: int, columns: int, width: int) -> torch.Tensor:
+    """Fixed positions [rows * columns, width]: sines and cosines of row and column (MoCo v3, Chen et al. 2021)."""
     frequencies = 10_000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
+    angles = torch.arange(max(rows, columns), dtype=torch.float64)[:, None] * frequencies
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)
-    rows = axis[:, None].expand(grid, grid, -1)
-    columns = axis[None].expand(grid, grid, -1)
-    return torch.cat([rows, columns], dim=2).reshape(grid * grid, width).float()
+    of_row = axis[:rows, None].expand(rows, columns, -1)
+    of_column = axis[None, :columns].expand(rows, columns, -1)
+    return torch.cat([of_row, of_column], dim=2).reshape(rows * columns, width).float()
 
 
 def normalise(embedding_BD: torch.Tensor) -> torch.Tensor:

@@ -121,6 +121,12 @@ def _refuse_wrong_combinations(recipe: Recipe) -> None:
             "layout.sequence_parallel shares the sequence over tensor parallel ranks, and layout.tp is 1: "
             "use layout.tp=2 or more, or leave it false"
         )
+    cut = [key for key in ("pp", "cp") if getattr(asked, key) > 1] + ["sequence_parallel"] * asked.sequence_parallel
+    if recipe.data.aspect > 1 and cut:
+        raise RequestError(
+            f"data.aspect is {recipe.data.aspect}, so sequences differ from step to step, and layout.{cut[0]} needs "
+            "them of one length: use layout.tp or layout.zero, or data.aspect=1"
+        )
     if asked.offload and asked.zero < 1:
         raise RequestError("layout.offload keeps the optimizer of ZeRO on the host: use layout.zero=1 or more")
 

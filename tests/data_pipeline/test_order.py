@@ -48,6 +48,17 @@ def test_any_stretch_is_the_same_as_in_one_piece() -> None:
     assert order.sample_ids(np.array(100)) == whole[100]
 
 
+@pytest.mark.parametrize("samples", [*SIZES, 10**9 + 7, 2**61 + 3])
+def test_one_position_alone_is_the_same_as_among_others(samples: int) -> None:
+    for seed in (0, 2**63 + 5, -3):
+        order = Order(samples, seed)
+        positions = np.unique(np.random.default_rng(1).integers(0, min(5 * samples, 2**62), 200))
+        alone = [order.sample_ids(positions[number : number + 1])[0] for number in range(len(positions))]
+        assert np.array_equal(alone, order.sample_ids(np.append(positions, 0))[:-1])
+    with pytest.raises(ValueError, match="positions count from 0, but -1"):
+        Order(samples, 0).sample_ids(np.array([-1]))
+
+
 def test_the_order_is_the_one_that_past_runs_have_read() -> None:
     """A change here changes the data order of every run that resumes: do not, or raise the version of checkpoints."""
     assert Order(10, 0).sample_ids(np.arange(20)).tolist() == PINNED[0]

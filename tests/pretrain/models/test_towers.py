@@ -167,19 +167,19 @@ def test_patches_are_cut_in_reading_order(height: int, width: int, patch: int) -
     assert torch.equal(patches, torch.stack(expected, 1))
 
 
-@pytest.mark.parametrize(("grid", "width"), [(1, 4), (3, 8), (7, 20)])
-def test_sincos_positions_are_sines_and_cosines_of_row_and_column(grid: int, width: int) -> None:
-    found = sincos_2d(grid, width).double()
+@pytest.mark.parametrize(("rows", "columns", "width"), [(1, 1, 4), (3, 3, 8), (7, 7, 20), (2, 5, 8), (5, 2, 8)])
+def test_sincos_positions_are_sines_and_cosines_of_row_and_column(rows: int, columns: int, width: int) -> None:
+    found = sincos_2d(rows, columns, width).double()
     quarter = width // 4
-    for row in range(grid):
-        for column in range(grid):
-            place = found[row * grid + column]
+    for row in range(rows):
+        for column in range(columns):
+            place = found[row * columns + column]
             for part, coordinate in ((0, row), (2, column)):
                 for number in range(quarter):
                     angle = torch.tensor(coordinate / 10_000 ** (number / quarter), dtype=torch.float64)
                     assert place[part * quarter + number] == pytest.approx(float(angle.sin()), abs=1e-7)
                     assert place[(part + 1) * quarter + number] == pytest.approx(float(angle.cos()), abs=1e-7)
-    if grid > 1:
+    if rows * columns > 1:
         assert torch.pdist(found).min() > 0.1, "no two places look alike"
 
 
@@ -187,6 +187,30 @@ def test_sincos_positions_are_no_parameters(alone: Ranks) -> None:
     fixed, learned = (dict(parameters_by_name(model_of(positions=kind))) for kind in ("sincos2d", "learned"))
     assert set(learned) - set(fixed) == {"vision.patches.positions"}
     assert not any("grid" in name for name in model_of().state_dict())
+
+
+@pytest.mark.parametrize("vision", VISIONS, ids=str)
+def test_pictures_of_another_shape(alone: Ranks, vision: dict[str, Any]) -> None:
+    """The square's embedding is untouched, and a picture on its side is another one, whose patches know their place."""
+    model = model_of(**vision)
+    wide = images(4).repeat(1, 1, 1, 2)[:, :, : SIZE - PATCH]  # 2 x 6 patches
+    embeddings = model.encode_image(wide)
+    assert embeddings.shape == (4, 7)
+    halves = wide.split(SIZE, dim=3)
+    exchanged = model.encode_image(torch.cat([halves[0].flip(3), halves[1]], 3))
+    assert (embeddings - exchanged).abs().max() > 1e-4
+    (tower,) = model.vision
+    square = tower.patches._positions(3, 3)
+    assert torch.equal(square, tower.patches.grid if tower.patches.positions is None else tower.patches.positions)
+    stretched = tower.patches._positions(3, 6).unflatten(0, (3, 6))
+    if tower.patches.positions is None:
+        assert torch.allclose(stretched[:, :3].flatten(0, 1), square, atol=1e-6)
+    else:
+        # the middle of the second of six columns is a quarter of the way from that of the first to that of the second
+        first, second, _ = square.unflatten(0, (3, 3)).unbind(1)
+        assert torch.allclose(stretched[:, 1], 0.75 * first + 0.25 * second, atol=1e-6)
+        embeddings.sum().backward()
+        assert tower.patches.positions.grad.abs().min() > 0
 
 
 # --- text
