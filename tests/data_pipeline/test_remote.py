@@ -6,20 +6,21 @@ import os
 import pickle
 import re
 import shutil
-import socket
-import subprocess
-import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
+from servers import KEYS, S3Server, WebServer
 
 from data_pipeline import remote
+from data_pipeline.batch import Batch, BatchMaker
 from data_pipeline.errors import DamagedSampleError, DataError
-from data_pipeline.index import INDEX_FILE, table_path
+from data_pipeline.index import INDEX_FILE, load_index, load_table, table_path
+from data_pipeline.loader import Loader
+from data_pipeline.order import Order
 from data_pipeline.reader import Dataset, open_dataset
 from data_pipeline.remote import Cache
 from data_pipeline.sample import Sample
@@ -28,7 +29,6 @@ from data_pipeline.shards import write_shards
 pytest.importorskip("fsspec")
 
 SAMPLES = 40
-KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
 def make(number: int) -> Sample:
@@ -54,75 +54,6 @@ def read_all(dataset: Dataset) -> None:
 
 
 # --- a web server
-
-
-class WebServer:
-    """Serves a folder with byte ranges and a listing; `spoil` may change an answer: (path, body) -> body or None."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.spoil: Callable[[str, bytes], bytes | None] = lambda path, body: body
-        self.ranges = True
-        self.asked: list[str] = []
-        self.port = 0
-        self.start()
-
-    def start(self) -> None:
-        web = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_HEAD(self) -> None:
-                self.do_GET()
-
-            def do_GET(self) -> None:
-                path = self.path.strip("/")
-                file = web.folder / path
-                web.asked.append(f"{self.command} {path} {self.headers.get('Range', '')}")
-                if not path:
-                    listing = "".join(f'<a href="{each.name}">{each.name}</a>' for each in web.folder.iterdir())
-                    return self.answer(200, listing.encode(), len(listing))
-                if not file.is_file():
-                    return self.answer(404, b"", 0)
-                whole = file.read_bytes()
-                asked = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")) if web.ranges else None
-                if asked is None:
-                    return self.answer(200, whole, len(whole))
-                first, last = int(asked[1]), min(int(asked[2] or len(whole) - 1), len(whole) - 1)
-                if first >= len(whole):
-                    return self.answer(416, b"", 0)
-                body = whole[first : last + 1]
-                return self.answer(206, body, len(body), f"bytes {first}-{last}/{len(whole)}")
-
-            def answer(self, status: int, body: bytes, length: int, content_range: str = "") -> None:
-                spoiled = web.spoil(self.path, body) if self.command == "GET" else body
-                if spoiled is None:
-                    return self.send_error(503)
-                self.send_response(status)
-                self.send_header("Content-Length", str(length))
-                if web.ranges:
-                    self.send_header("Accept-Ranges", "bytes")
-                if content_range:
-                    self.send_header("Content-Range", content_range)
-                self.end_headers()
-                if self.command == "GET":
-                    self.wfile.write(spoiled)
-                    if len(spoiled) < length:
-                        self.close_connection = True
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
-        self.port = self._server.server_address[1]
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def stop(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
 
 
 @pytest.fixture
@@ -277,43 +208,6 @@ def test_a_kind_of_url_that_nobody_knows() -> None:
 # --- S3
 
 
-class S3Server:
-    """A moto server in a process of its own, with the folder's files in a bucket; it forgets them when it is killed."""
-
-    def __init__(self, folder: Path, log: Path) -> None:
-        self.folder, self.log = folder, log
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.start()
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
-        import botocore.session
-
-        client = botocore.session.get_session().create_client("s3", endpoint_url=self.url)
-        ends = time.monotonic() + 60
-        while True:
-            try:
-                client.create_bucket(Bucket="weft")
-                break
-            except Exception:
-                assert time.monotonic() < ends
-                time.sleep(0.2)
-        for path in self.folder.iterdir():
-            client.put_object(Bucket="weft", Key=f"sets/scenes/{path.name}", Body=path.read_bytes())
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-
 @pytest.fixture
 def s3(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
     pytest.importorskip("s3fs")
@@ -326,6 +220,7 @@ def s3(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     server.kill()
 
 
+@pytest.mark.slow
 def test_s3_and_its_server_killed_on_the_way(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "MISSING", 30.0)  # the server is back before its bucket is full again
     dataset = open_dataset("s3://weft/sets/scenes", Cache(tmp_path / "cache", 0))
@@ -336,14 +231,90 @@ def test_s3_and_its_server_killed_on_the_way(s3: S3Server, tmp_path: Path, monke
             threading.Timer(1.0, s3.start).start()
         read.append(dataset.read(number))
     assert read == [make(number) for number in range(SAMPLES)]
-    from data_pipeline.batch import BatchMaker
-    from data_pipeline.loader import Loader  # forked workers make clients of their own
-    from data_pipeline.order import Order
-
-    loader = Loader(
-        BatchMaker(dataset, None, None, 0, training=True), Order(SAMPLES, 0), global_batch=8, workers=2, stop_step=10
-    )
+    loader = batches_of(dataset, workers=2, stop_step=10)  # forked workers make clients of their own
     assert sorted(number for batch in loader for number in batch.sample.tolist()) == sorted(list(range(SAMPLES)) * 2)
+
+
+def batches_of(dataset: Dataset, workers: int, stop_step: int) -> Loader:
+    return Loader(
+        BatchMaker(dataset, None, None, 0, training=True),
+        Order(SAMPLES, 0),
+        global_batch=8,
+        workers=workers,
+        stop_step=stop_step,
+    )
+
+
+@pytest.mark.slow
+def test_a_byte_changed_at_a_random_moment(s3: S3Server, folder: Path, tmp_path: Path) -> None:
+    """All rows are those that should be there, but the changed sample's from then on: it is named with its bytes."""
+    draws, order, index = np.random.default_rng(0), Order(SAMPLES, 0), load_index(folder)
+    for _ in range(5):
+        strike, shard, offset = int(draws.integers(1, 10)), index.shards[draws.integers(4)], int(draws.integers(10))
+        sample = 10 * index.shards.index(shard) + offset
+        name, first, size = load_table(folder / shard.file, shard).places(offset)[draws.integers(2)]
+        place, whole = first + int(draws.integers(size)), (folder / shard.file).read_bytes()
+        changed = whole[:place] + bytes([whole[place] ^ 1 << int(draws.integers(8))]) + whole[place + 1 :]
+
+        named = 0
+        dataset = open_dataset("s3://weft/sets/scenes", Cache(tmp_path / "cache", 0))
+        for step, batch in enumerate(batches_of(dataset, workers=0, stop_step=20)):
+            expected = order.sample_ids(batch.position.numpy())
+            hit = expected == sample if step >= strike else np.zeros(8, bool)
+            assert np.array_equal(batch.sample.numpy() != expected, hit)
+            assert len(batch.corrupt) >= hit.sum(), "it may be drawn to replace itself"
+            assert hit.any() or not batch.corrupt
+            for corrupt in batch.corrupt:
+                damage = rf"/{shard.file} is damaged: bytes (\d+) to (\d+), its '{name}', changed"
+                found = re.search(damage, corrupt.reason)
+                assert found, corrupt.reason
+                assert int(found[1]) <= place <= int(found[2])
+                named += 1
+            if step + 1 == strike:
+                s3.put(shard.file, changed)
+        assert named >= 2, "it is read in every epoch"
+        s3.put(shard.file, whole)
+
+
+def all_right(batches: Iterable[Batch]) -> None:
+    for batch in batches:
+        assert np.array_equal(batch.sample, Order(SAMPLES, 0).sample_ids(batch.position.numpy()))
+
+
+@pytest.mark.slow
+def test_a_shard_removed_at_a_random_moment(
+    s3: S3Server, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every batch until then is right; then one sentence with the shard and the bytes, and no epoch that ends early."""
+    monkeypatch.setattr(remote, "MISSING", 0.5)
+    draws, index = np.random.default_rng(0), load_index(folder)
+    for workers in (0, 1, 2, 1, 0):
+        strike, shard = int(draws.integers(1, 10)), index.shards[draws.integers(4)]
+        dataset = open_dataset("s3://weft/sets/scenes", Cache(tmp_path / "cache", 0))
+        batches = iter(batches_of(dataset, workers=workers, stop_step=1000))
+
+        all_right(islice(batches, strike))
+        s3.remove(shard.file)
+        with pytest.raises(DataError, match=rf"/{shard.file}: bytes \d+ to \d+ could not be read for 0 s: "):
+            all_right(islice(batches, 30))  # those made in advance, and some without that shard
+        s3.put(shard.file, (folder / shard.file).read_bytes())
+
+
+@pytest.mark.parametrize("moment", range(5))
+def test_answers_cut_short_at_random(web: WebServer, tmp_path: Path, moment: int) -> None:
+    draws = np.random.default_rng(moment)
+    cut = 0
+
+    def spoil(path: str, body: bytes) -> bytes | None:
+        nonlocal cut
+        if draws.random() < 0.4 and body:
+            cut += 1
+            return body[: int(draws.integers(len(body)))]
+        return body
+
+    web.spoil = spoil
+    read_all(open_dataset(web.url, Cache(tmp_path, 0)))
+    assert cut >= 5
 
 
 def test_tables_are_made_where_they_are_missing(folder: Path, tmp_path: Path) -> None:
