@@ -34,7 +34,6 @@ from data_pipeline.transforms import (
     ImageTransform,
     QuestionTransform,
     TextTransform,
-    questions_and_answers,
     sample_generator,
 )
 
@@ -269,7 +268,7 @@ class BatchMaker:
 
     def _question(self, batch: Batch, row: int, read: Sample, draws: Draws) -> bool:
         assert self.question is not None
-        pairs = questions_and_answers(read)
+        pairs = read.questions()
         if not pairs:
             batch.question[row], batch.answer[row] = 0, 0
             return False

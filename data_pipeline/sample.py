@@ -5,7 +5,7 @@ Design choices:
   `animals/cat-7.jpg` and `animals/cat-7.txt` are the fields "jpg" and "txt" of the sample "animals/cat-7".
 - Modality follows from the field's extension alone, so an index can be built without opening a single image.
 - Captions: the field "txt"; when the field "json" holds {"captions": [...]}, those instead. {"label": ...} is the
-  class for zero-shot classification.
+  class for zero-shot classification, {"qa": [{"question": ..., "answer": ...}]} what is asked about it.
 """
 
 from __future__ import annotations
@@ -66,6 +66,20 @@ class Sample:
             return (self.fields["txt"].decode("utf-8").strip(),)
         except UnicodeDecodeError as error:
             raise DataError(f"the txt field of sample {self.key!r} is not UTF-8 ({error})") from error
+
+    def questions(self) -> list[tuple[str, str]]:
+        """Every open question with its answer, the first being the one to evaluate with; [] when there is none.
+
+        Raises DataError when they are not of the form that importers/questions.py describes.
+        """
+        asked = self.metadata().get("qa") or []
+        try:
+            pairs = [(each["question"], each["answer"]) for each in asked]
+        except (TypeError, KeyError) as error:
+            raise DataError(f"the json field of sample {self.key!r} has a qa that is no list of questions") from error
+        if not all(isinstance(text, str) for pair in pairs for text in pair):
+            raise DataError(f"the json field of sample {self.key!r} has a question or an answer that is not text")
+        return pairs
 
     def label(self) -> str | None:
         """The class name in the json field; None when there is none."""

@@ -19,9 +19,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from data_pipeline.errors import DataError
-from data_pipeline.sample import Sample
-
 LOG_ASPECT = math.log(4 / 3)  # a random crop's sides differ by 3/4 to 4/3 (Szegedy et al. 2015, section 6)
 
 
@@ -111,21 +108,6 @@ class QuestionTransform:
     def __call__(self, question: str, answer: str) -> tuple[np.ndarray, np.ndarray]:
         """(question, answer) -> (int32 [context], int32 [answer_context])."""
         return self.tokenizer.encode(question, self.context), self.tokenizer.encode(answer, self.answer_context)
-
-
-def questions_and_answers(sample: Sample) -> list[tuple[str, str]]:
-    """Every open question of a sample with its answer, of its json field's "qa" (importers/questions.py); [] = none.
-
-    Raises DataError when they are not of that form.
-    """
-    asked = sample.metadata().get("qa") or []
-    try:
-        pairs = [(each["question"], each["answer"]) for each in asked]
-    except (TypeError, KeyError) as error:
-        raise DataError(f"the json field of sample {sample.key!r} has a qa that is no list of questions") from error
-    if not all(isinstance(text, str) for pair in pairs for text in pair):
-        raise DataError(f"the json field of sample {sample.key!r} has a question or an answer that is not text")
-    return pairs
 
 
 def _centre_crop(height: int, width: int, wanted: tuple[int, int]) -> tuple[int, int, int, int]:

@@ -3,7 +3,6 @@
 The form, in a sample's json field:
   qa       [{question, answer, kind?, answers?, id}]                   the answer as text
   choice   [{question, choices, answer, rationales, rationale, id}]    answer and rationale as places in the lists
-The scene world writes one `choice` without the list around it; `questions_of` and `choices_of` read either.
 
 Design choices:
 - Data sets ask several questions of an image, so that an image is stored once and a reader draws among its questions.
@@ -22,17 +21,6 @@ from data_pipeline.importers.annotations import clean
 from data_pipeline.importers.gather import Gathered
 
 Metadata = dict[str, Any]
-
-
-def questions_of(metadata: Metadata) -> list[dict[str, Any]]:
-    """The open questions of a sample: dicts with "question", "answer" and what else is known."""
-    return list(metadata.get("qa", ()))
-
-
-def choices_of(metadata: Metadata) -> list[dict[str, Any]]:
-    """The multiple-choice questions of a sample: dicts with "question", "choices", "answer" and maybe rationales."""
-    choice = metadata.get("choice", ())
-    return [choice] if isinstance(choice, dict) else list(choice)
 
 
 @dataclass

@@ -55,7 +55,7 @@ class SceneMaker:
             "captions": told,
             "label": shown.label,
             "qa": questions(shown, dice),
-            "choice": multiple_choice(shown, dice),
+            "choice": [multiple_choice(shown, dice)],
             "scene": {"kinds": [vars(kind) for kind in shown.kinds], "relation": shown.relation},
             "source": SOURCE,
             "licence": LICENCE,

@@ -33,7 +33,6 @@ from data_pipeline.transforms import (
     ImageTransform,
     QuestionTransform,
     TextTransform,
-    questions_and_answers,
     sample_generator,
 )
 
@@ -199,7 +198,7 @@ def test_the_scene_world_is_heard_and_asked_about(tmp_path: Path) -> None:
     assert len({row.numpy().tobytes() for row in batch.audio}) > 20
     for row, sample in enumerate(batch.sample.tolist()):
         asked = tokenizer.decode(batch.question[row].tolist()), tokenizer.decode(batch.answer[row].tolist())
-        assert asked in questions_and_answers(dataset.read(sample))
+        assert asked in dataset.read(sample).questions()
 
 
 # --- what a row may lack
@@ -277,12 +276,12 @@ def test_what_is_not_read_cannot_be_optional(dataset: Dataset) -> None:
 )
 def test_questions_of_another_form(qa: Any, reason: str) -> None:
     with pytest.raises(DataError, match=reason):
-        questions_and_answers(Sample("s", {"json": json.dumps({"qa": qa}).encode()}))
+        Sample("s", {"json": json.dumps({"qa": qa}).encode()}).questions()
 
 
 def test_no_questions() -> None:
     for fields in ({}, {"json": b"{}"}, {"json": b'{"qa": []}'}, {"json": b'{"qa": null}'}):
-        assert questions_and_answers(Sample("s", fields)) == []
+        assert Sample("s", fields).questions() == []
 
 
 # --- the same from anyone

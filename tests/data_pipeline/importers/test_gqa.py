@@ -4,7 +4,6 @@ import pytest
 
 from data_pipeline.errors import DataError
 from data_pipeline.importers.gqa import import_gqa
-from data_pipeline.importers.questions import questions_of
 
 
 def question(image, text="Is the sky dark?", answer="yes", full="Yes, the sky is dark."):
@@ -51,7 +50,7 @@ def test_three_published_sets(gqa, tmp_path, examine):
     metadata = sets["val"]["n1"].metadata()
     assert metadata["provenance"] == {"source": "GQA balanced", "licence": "CC BY 4.0", "id": "n1"}
     assert metadata["captions"] == ["Is the sky dark? yes", "Who is it? boy"]
-    assert questions_of(metadata)[1] == {
+    assert metadata["qa"][1] == {
         "kind": "verify",
         "question": "Who is it?",
         "answer": "boy",

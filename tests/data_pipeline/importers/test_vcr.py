@@ -5,7 +5,6 @@ import json
 import pytest
 
 from data_pipeline.errors import DataError
-from data_pipeline.importers.questions import choices_of, questions_of
 from data_pipeline.importers.vcr import import_vcr, sentence
 from data_pipeline.scenes.dice import Dice, stream
 from data_pipeline.scenes.questions import multiple_choice, questions
@@ -74,8 +73,8 @@ def test_questions_answers_and_reasons_in_words(vcr, tmp_path, examine):
     assert metadata["provenance"] == {"source": "VCR", "licence": None, "id": IMAGE}
     asked = "How is person1 feeling about person2 and dog3's bottle?"
     assert metadata["captions"] == [f"{asked} person1, person2 and dog3 are glad."]
-    assert [each["id"] for each in questions_of(metadata)] == ["train-0", "train-1"]
-    assert choices_of(metadata)[1] == {
+    assert [each["id"] for each in metadata["qa"]] == ["train-0", "train-1"]
+    assert metadata["choice"][1] == {
         "question": asked,
         "choices": [
             "person1 doesn't care.",
@@ -94,12 +93,12 @@ def test_the_form_is_that_of_the_scene_world(vcr, tmp_path, examine):
     import_vcr(vcr, tmp_path / "out", processes=0)
     metadata = examine(tmp_path / "out")["train"][IMAGE].metadata()
     shown, dice = scene(0, 0), Dice(stream(0, "train words", 0))
-    ours = {"qa": questions(shown, dice), "choice": multiple_choice(shown, dice)}
-    assert set(choices_of(metadata)[0]) - set(choices_of(ours)[0]) == {"id"}
-    assert set(questions_of(metadata)[0]) - set(questions_of(ours)[0]) == {"id"}
-    assert set(choices_of(ours)[0]) < set(choices_of(metadata)[0])
+    ours = {"qa": questions(shown, dice), "choice": [multiple_choice(shown, dice)]}
+    assert set(metadata["choice"][0]) - set(ours["choice"][0]) == {"id"}
+    assert set(metadata["qa"][0]) - set(ours["qa"][0]) == {"id"}
+    assert set(ours["choice"][0]) < set(metadata["choice"][0])
     for found in (metadata, ours):
-        for each in choices_of(found):
+        for each in found["choice"]:
             assert isinstance(each["choices"][each["answer"]], str)
             assert isinstance(each["rationales"][each["rationale"]], str)
 

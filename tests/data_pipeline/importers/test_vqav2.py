@@ -3,7 +3,6 @@
 import pytest
 
 from data_pipeline.errors import DataError
-from data_pipeline.importers.questions import choices_of, questions_of
 from data_pipeline.importers.vqav2 import import_vqav2
 
 LICENCE = {
@@ -68,15 +67,15 @@ def test_one_sample_an_image_with_ten_answers_a_question(vqa, tmp_path, examine,
     assert sample.captions() == tuple(f"What is number {number}? net" for number in (9000, 9001, 9002))
     metadata = sample.metadata()
     assert metadata["provenance"] == {"source": "VQAv2", "licence": LICENCE["name"], "id": 9}
-    assert [question["id"] for question in questions_of(metadata)] == [9000, 9001, 9002]
-    assert questions_of(metadata)[0] == {
+    assert [question["id"] for question in metadata["qa"]] == [9000, 9001, 9002]
+    assert metadata["qa"][0] == {
         "kind": "other",
         "question": "What is number 9000?",
         "answer": "net",
         "answers": SAID,
         "id": 9000,
     }
-    assert choices_of(metadata) == []
+    assert "choice" not in metadata
 
 
 def test_what_cannot_be_used_is_told(vqa, put, tmp_path, examine):
@@ -87,7 +86,7 @@ def test_what_cannot_be_used_is_told(vqa, put, tmp_path, examine):
     (vqa / "images/train2014/COCO_train2014_000000000025.jpg").unlink()
     imported = import_vqav2(vqa, tmp_path / "out", processes=0)
     (sample,) = examine(tmp_path / "out")["train"].values()
-    assert [question["answer"] for question in questions_of(sample.metadata())] == ["b"]  # the most common
+    assert [question["answer"] for question in sample.metadata()["qa"]] == ["b"]  # the most common
     reasons = {skip.source: skip.reason for skip in imported.skipped}
     assert reasons["train2014/COCO_train2014_000000000025.jpg"] == "the image file is missing"  # once, for two
     assert "has no answer in v2_mscoco_train2014_annotations.json" in reasons["question 9001"]
