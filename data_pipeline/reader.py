@@ -2,7 +2,7 @@
 
 Design choices:
 - A sample is one positioned read: its fields lie side by side in the tar, from its first byte to its last. Who reads
-  is the folder's affair: files.py here, remote.py at a URL.
+  is the folder's affair: files.py here, remote.py at a URL. Rows of Parquet are read by parquet.py.
 - Every field read is held against its checksum in the table: bytes that changed are found when they are used.
 - Tables of offsets stay once read, at some 100 bytes a sample.
 """
@@ -21,6 +21,7 @@ from data_pipeline.errors import DamagedSampleError, DataError
 from data_pipeline.files import LocalFiles
 from data_pipeline.index import Index, ShardTable, load_index
 from data_pipeline.order import ReadingOrder
+from data_pipeline.parquet import ParquetFiles, is_parquet, open_parquet
 from data_pipeline.remote import Cache, RemoteFiles, is_url, open_remote
 from data_pipeline.sample import Sample
 
@@ -28,21 +29,23 @@ CACHE = Cache(Path.home() / ".cache" / "weft")  # for data sets at a URL
 
 
 def open_dataset(path: str | Path, cache: Cache = CACHE) -> Dataset:
-    """The data set in the folder `path`, or at the URL, indexed now if it has no index.
+    """The data set in the folder `path`, or at the URL, indexed now if it has no index; or that of Parquet at `path`.
 
-    Raises FileNotFoundError when there is no folder or no tar in it, DataError when index and shards disagree.
+    Raises FileNotFoundError when there is no folder or no tar in it, DataError when index and shards disagree; for
+    Parquet as parquet.open_parquet does.
     """
-    if is_url(path):
-        files, index = open_remote(str(path), cache)
-        return Dataset(files, index)
     folder = Path(path)
+    if is_parquet(folder):
+        return Dataset(*open_parquet(path))
+    if is_url(path):
+        return Dataset(*open_remote(str(path), cache))
     return Dataset(folder, load_index(folder))
 
 
 class Dataset:
     """Samples 0 to len - 1 of a folder of shards; picklable, and safe to use in forked processes."""
 
-    def __init__(self, source: Path | RemoteFiles, index: Index) -> None:
+    def __init__(self, source: Path | RemoteFiles | ParquetFiles, index: Index) -> None:
         self.files = LocalFiles(source) if isinstance(source, Path) else source
         self.index = index
         self._first = [0, *accumulate(shard.samples for shard in index.shards)]  # sample id each shard starts at
@@ -51,10 +54,10 @@ class Dataset:
     @property
     def folder(self) -> Path | str:
         """Where it is: a folder, or the URL."""
-        return self.files.folder if isinstance(self.files, LocalFiles) else self.files.url
+        return self.files.url if isinstance(self.files, RemoteFiles) else self.files.folder
 
     @property
-    def source(self) -> Path | RemoteFiles:
+    def source(self) -> Path | RemoteFiles | ParquetFiles:
         """What another data set of the same files is made of."""
         return self.files.folder if isinstance(self.files, LocalFiles) else self.files
 
@@ -80,7 +83,9 @@ class Dataset:
     def key(self, sample: int) -> str:
         """The key of a sample; its bytes are not read."""
         shard, offset = self.locate(sample)
-        return self._table(shard).key(offset)
+        if isinstance(self.files, ParquetFiles):
+            return self.files.key(self.index.shards[shard], offset)
+        return self._table(self.files, shard).key(offset)
 
     def shard_file(self, sample: int) -> str:
         """The file name of the shard that holds a sample."""
@@ -92,7 +97,9 @@ class Dataset:
         Raises DataError when the shard is not there or ends before, DamagedSampleError when its bytes changed.
         """
         shard, offset = self.locate(sample)
-        table, file = self._table(shard), self.index.shards[shard].file
+        if isinstance(self.files, ParquetFiles):
+            return self.files.sample(self.index.shards[shard], offset)
+        table, file = self._table(self.files, shard), self.index.shards[shard].file
         key, places, checksums = table.key(offset), table.places(offset), table.crcs(offset)
         start = places[0][1]
         length = places[-1][1] + places[-1][2] - start
@@ -116,10 +123,9 @@ class Dataset:
         """Close every file; the next read opens what it needs."""
         self.files.close()
 
-    def _table(self, shard: int) -> ShardTable:
+    def _table(self, files: LocalFiles | RemoteFiles, shard: int) -> ShardTable:
         if shard not in self._tables:
-            entry = self.index.shards[shard]
-            self._tables[shard] = self.files.table(entry)
+            self._tables[shard] = files.table(self.index.shards[shard])
         return self._tables[shard]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -4,7 +4,8 @@ Design choices:
 - Counts and balance come from the index and are exact. What needs a look inside comes from a bounded number of
   samples, drawn evenly over the whole data set and always the same ones.
 - Pictures and sounds are asked for their size only: headers are read, nothing is decoded.
-- A sample that cannot be read is counted, not raised: `weft data check` says what is wrong with it.
+- A sample that cannot be read is counted, not raised: `weft data check` says what is wrong with it. A server that does
+  not answer is raised: it would be waited for once more at each sample.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DamagedSampleError, DataError
 from data_pipeline.index import Index
 from data_pipeline.order import Order
 from data_pipeline.reader import Dataset, open_dataset
+from data_pipeline.remote import is_url
 from data_pipeline.sample import Sample, modalities_of
 
 BINS = 10
@@ -67,15 +69,15 @@ class DatasetStats:
     labels: dict[str, int]  # label -> samples, the most frequent first
 
 
-def dataset_stats(folder: Path, *, sample_limit: int = 2000) -> DatasetStats:
-    """Numbers about the data set in `folder`, at most `sample_limit` samples of it opened.
+def dataset_stats(path: str | Path, *, sample_limit: int = 2000) -> DatasetStats:
+    """Numbers about what `open_dataset` finds at `path`, at most `sample_limit` samples of it opened.
 
-    Raises FileNotFoundError when there is no data set, DataError when its index and shards disagree, ValueError for a
-    limit below 1.
+    Raises FileNotFoundError when there is no data set, DataError when its index and shards disagree or a server does
+    not answer, ValueError for a limit below 1.
     """
     if sample_limit < 1:
         raise ValueError(f"sample_limit is {sample_limit}: give 1 or more")
-    dataset = open_dataset(folder)
+    dataset = open_dataset(path)
     seen = _Seen()
     for sample in _some_samples(dataset, sample_limit):
         seen.add(sample)
@@ -202,6 +204,10 @@ def _some_samples(dataset: Dataset, limit: int) -> Iterator[Sample | None]:
         for _, offset in places:
             try:
                 yield reader.read(offset)
+            except DamagedSampleError:
+                yield None
             except DataError:
+                if is_url(dataset.folder):
+                    raise
                 yield None
         reader.close()

@@ -2,6 +2,7 @@
 
 Design choices:
 - A PATH is a folder of shards, or the parent of train/ and test/: then the command does both and says which is which.
+  Parquet is read as it lies by all but `check`, a URL by `stats`.
 - Exit 1 when the data is bad. Other errors rise to `pretrain.cli.main`, which prints them and knows their exit codes.
 - `data_pipeline` loads torch and is imported inside the commands, so that `weft --help` is quick.
 """
@@ -73,7 +74,7 @@ def synth(
 
 @data.command()
 def check(
-    path: DataPath,
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder of tars, or the parent of train/ and test/.")],
     decode: Annotated[bool, typer.Option("--decode/--no-decode", help="Decode every picture and sound, too.")] = True,
     ranks: Annotated[int, typer.Option(min=1, help="Ranks to split over: is it even?")] = 1,
     workers: Annotated[int, typer.Option(min=1, help="Workers of each rank, likewise.")] = 1,
@@ -87,7 +88,7 @@ def check(
     from data_pipeline.check import check_dataset
 
     reports: dict[str, CheckReport] = {}
-    for folder in datasets_in(path):
+    for folder in _folders_of_tars(path):
         with progress_bar(f"checking {folder}") as progress:
             reports[str(folder)] = check_dataset(folder, decode=decode, processes=processes, progress=progress)
     ok = all(report.ok for report in reports.values())
@@ -109,14 +110,16 @@ def check(
 
 @data.command()
 def stats(
-    path: DataPath,
+    # no Path, which would make one slash of the two in a URL
+    path: Annotated[str, typer.Argument(metavar="PATH", help="As data.train, or the parent of train/ and test/.")],
     samples: Annotated[int, typer.Option(min=1, help="At most so many samples are opened, spread evenly.")] = 2000,
     as_json: Json = False,
 ) -> None:
     """Count samples, bytes and modalities; lengths of captions, sizes of pictures, balance of shards."""
     from data_pipeline.stats import dataset_stats
 
-    found = {str(folder): dataset_stats(folder, sample_limit=samples) for folder in datasets_in(path)}
+    places = [path] if "://" in path else datasets_in(Path(path))
+    found = {str(place): dataset_stats(place, sample_limit=samples) for place in places}
     if as_json:
         print_json({"datasets": [{"path": name, **asdict(counted)} for name, counted in found.items()]})
     else:
@@ -138,7 +141,7 @@ def preview(
     folders = datasets_in(path)
     files: dict[str, str] = {}
     for folder in folders:
-        file = out or folder / "preview.html"
+        file = out or (folder if folder.is_dir() else folder.parent) / "preview.html"
         if out and len(folders) > 1:
             file = out.with_name(f"{out.stem}-{folder.name}{out.suffix}")
         write_preview(folder, file, count=count, seed=seed)
@@ -200,10 +203,14 @@ def order(
 def datasets_in(path: Path) -> list[Path]:
     """The data sets that `path` means: itself, or its train/ and test/; FileNotFoundError when there is none."""
     from data_pipeline.index import INDEX_FILE, shard_files
+    from data_pipeline.parquet import is_parquet
 
     def holds_data(folder: Path) -> bool:
-        return folder.is_dir() and (bool(shard_files(folder)) or (folder / INDEX_FILE).is_file())
+        tars = folder.is_dir() and (bool(shard_files(folder)) or (folder / INDEX_FILE).is_file())
+        return tars or is_parquet(folder)
 
+    if is_parquet(path):
+        return [path]
     if not path.exists():
         raise FileNotFoundError(f"no data set at {path}: there is no such folder")
     if not path.is_dir():
@@ -216,6 +223,25 @@ def datasets_in(path: Path) -> list[Path]:
     compressed = next(iter(sorted([*path.glob("*.tar.*"), *path.glob("*.tgz")])), None)
     hint = f"; {compressed.name} is compressed, and only plain .tar can be read at any place" if compressed else ""
     raise FileNotFoundError(f"no data set at {path}: no .tar in it, and none in train/ or test/{hint}")
+
+
+def _folders_of_tars(path: str) -> list[Path]:
+    """The data sets in `path`; ValueError for what `weft data check` cannot check."""
+    from data_pipeline.parquet import is_parquet
+
+    if "://" in path:
+        raise ValueError(
+            f"{path} is a URL, and check reads every byte of a folder on this machine: `weft data stats {path}` opens "
+            "some of its samples, and training holds each field that it reads against its checksum"
+        )
+    folders = datasets_in(Path(path))
+    for folder in folders:
+        if is_parquet(folder):
+            raise ValueError(
+                f"{folder} is Parquet, and check knows tars only: `weft data stats {folder}` opens its samples and "
+                "counts those that cannot be read, and training names each of them"
+            )
+    return folders
 
 
 def _split(folder: Path, ranks: int, workers: int) -> dict[str, Any]:

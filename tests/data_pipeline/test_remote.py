@@ -151,9 +151,22 @@ def test_bytes_damaged_where_they_lie_are_named(folder: Path, tmp_path: Path) ->
         server.stop()
 
 
-def test_a_server_without_ranges(web: WebServer, tmp_path: Path) -> None:
-    web.ranges = False
-    read_all(open_dataset(web.url, Cache(tmp_path)))
+@pytest.mark.parametrize("stream", [30 << 10, 1 << 20])  # a shard is read in parts, or asked for beyond its end
+def test_a_server_without_ranges(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: int) -> None:
+    monkeypatch.setattr(remote, "STREAM", stream)
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for path in folder.glob("*.tar"):
+        shutil.copy(path, plain)
+    for served in (folder, plain):
+        web = WebServer(served)
+        web.ranges = False
+        try:
+            dataset = open_dataset(web.url, Cache(tmp_path / f"cache of {served.name}"))
+            assert dataset.fingerprint == open_dataset(folder).fingerprint
+            read_all(dataset)
+        finally:
+            web.stop()
 
 
 def test_a_server_that_stays_away_is_one_sentence(

@@ -3,14 +3,22 @@
 import io
 import json
 import os
+import re
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
 from tars import picture, tar_of
 
+from data_pipeline import reader
 from data_pipeline.errors import DataError
+from data_pipeline.remote import Cache
 from data_pipeline.stats import dataset_stats, image_size, sound_seconds, spread_of
 
 
@@ -18,6 +26,58 @@ def sound(frames: int) -> bytes:
     file = io.BytesIO()
     soundfile.write(file, np.zeros(frames), 8000, format="WAV")
     return file.getvalue()
+
+
+@pytest.fixture
+def served(folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A web server of the folder; what is fetched is kept apart from that of the user."""
+    pytest.importorskip("aiohttp")
+    cache = Cache(tmp_path_factory.mktemp("cache"))
+    monkeypatch.setattr(reader.open_dataset, "__defaults__", (cache,))
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Ranges, folder)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+
+
+class Ranges(BaseHTTPRequestHandler):
+    """Serves the files of a folder by ranges of bytes, and lists them."""
+
+    def __init__(self, folder: Path, *arguments: Any) -> None:
+        self.folder = folder
+        super().__init__(*arguments)
+
+    def do_GET(self) -> None:
+        path = self.folder / self.path.strip("/")
+        if path.is_dir():
+            return self.answer(200, "".join(f'<a href="{each.name}">' for each in path.iterdir()).encode(), "")
+        if not path.is_file():
+            return self.answer(404, b"", "")
+        whole, asked = path.read_bytes(), re.match(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if not asked:
+            return self.answer(200, whole, "")
+        first, end = int(asked[1]), min(int(asked[2]) + 1, len(whole))
+        if first >= len(whole):
+            return self.answer(416, b"", "")
+        return self.answer(206, whole[first:end], f"bytes {first}-{end - 1}/{len(whole)}")
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def answer(self, status: int, body: bytes, content_range: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Accept-Ranges", "bytes")
+        if content_range:
+            self.send_header("Content-Range", content_range)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
 
 
 @pytest.fixture
@@ -87,6 +147,47 @@ def test_a_shard_that_shrinks_is_counted(folder: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(module, "open_dataset", lambda folder: opened)  # it was whole when it was opened
     stats = dataset_stats(folder)
     assert (stats.opened, stats.unreadable) == (4, 1)
+
+
+def test_parquet_is_counted_as_it_lies(tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for number, count in enumerate((3, 2)):
+        images = [picture(row, (20 + number, 30)) for row in range(count)]
+        table = pa.table({"image": images, "caption": ["one two"] * count, "label": ["cat"] * count})
+        options = {"row_group_size": 2, "use_dictionary": False, "write_page_checksum": True}
+        pq.write_table(table, tmp_path / f"{number}.parquet", **options)
+    stats = dataset_stats(tmp_path)
+    assert (stats.samples, stats.shards, stats.opened, stats.unreadable) == (5, 2, 5, 0)
+    assert stats.bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert (stats.shard_samples.smallest, stats.shard_samples.largest) == (2, 3)
+    assert stats.modalities == {"image": 5, "text": 5}
+    assert stats.image_sizes == {"20 x 30": 3, "21 x 30": 2}
+    assert stats.labels == {"cat": 5}
+    assert dataset_stats(str(tmp_path), sample_limit=2).opened == 2
+    column = pq.read_metadata(tmp_path / "0.parquet").row_group(0).column(0)
+    data = bytearray((tmp_path / "0.parquet").read_bytes())
+    data[column.data_page_offset + column.total_compressed_size - 200] ^= 1  # in its last picture
+    (tmp_path / "0.parquet").write_bytes(data)
+    assert (dataset_stats(tmp_path).opened, dataset_stats(tmp_path).unreadable) == (5, 2)
+
+
+def test_shards_at_a_url_are_counted_as_those_in_a_folder(folder: Path, served: str) -> None:
+    assert dataset_stats(served, sample_limit=3) == dataset_stats(folder, sample_limit=3)
+
+
+def test_a_server_that_does_not_answer_is_not_waited_for_at_each_sample(
+    folder: Path, served: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import data_pipeline.stats as module
+    from data_pipeline import remote
+
+    opened = module.open_dataset(served)
+    for shard in folder.glob("*.tar"):
+        shard.unlink()
+    monkeypatch.setattr(remote, "MISSING", 0.2)
+    monkeypatch.setattr(module, "open_dataset", lambda path: opened)  # it was there when it was opened
+    with pytest.raises(DataError, match=r"s0\.tar: bytes 0 to \d+ could not be read for 0 s"):
+        dataset_stats(served)
 
 
 def test_a_stale_index_and_a_bad_limit_are_refused(folder: Path) -> None:

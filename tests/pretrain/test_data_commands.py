@@ -14,7 +14,15 @@ from typer.testing import CliRunner
 from data_pipeline.errors import DataError
 from data_pipeline.index import load_index
 from data_pipeline.order import Order
+from data_pipeline.reader import open_dataset
+from pretrain.cli import main
 from pretrain.data_commands import data, datasets_in
+
+TINY = [
+    *("model.vision={layers: 1, width: 32, image_size: 32}", "model.text={layers: 1, width: 32, vocab_size: 300}"),
+    *("model.embed_dim=16", "train.global_batch=4", "train.steps=3", "train.warmup=1", "train.log_every=1"),
+    *("data.workers=1", "data.block=2", "data.window=2", "eval.samples=2"),
+]
 
 
 def run(*words: object, exit_code: int = 0) -> str:
@@ -119,6 +127,76 @@ def test_stats(parent: Path) -> None:
     text = run("stats", parent)
     assert "7 in 2 shards" in text
     assert "2 in 1 shard" in text
+
+
+@pytest.fixture
+def parquet(parent: Path, tmp_path: Path) -> Path:
+    """A parent of train (7 rows in 2 files) and test (2 rows): the samples of `parent`."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for part in ("train", "test"):
+        dataset = open_dataset(parent / part)
+        (tmp_path / "parquet" / part).mkdir(parents=True)
+        for shard, first in enumerate(range(0, len(dataset), 4)):
+            rows = [dataset.read(number).fields for number in range(first, min(first + 4, len(dataset)))]
+            table = pa.table({"png": [row["png"] for row in rows], "txt": [row["txt"].decode() for row in rows]})
+            pq.write_table(table, tmp_path / "parquet" / part / f"s{shard}.parquet", row_group_size=2)
+    return tmp_path / "parquet"
+
+
+def test_parquet_is_counted_shown_and_ordered_as_tars_are(parent: Path, parquet: Path, tmp_path: Path) -> None:
+    for mine, theirs in zip(run_json("stats", parquet)["datasets"], run_json("stats", parent)["datasets"], strict=True):
+        assert mine["path"] == theirs["path"].replace(str(parent), str(parquet))
+        for name in ("samples", "shards", "opened", "unreadable", "modalities", "image_sizes", "caption_words"):
+            assert mine[name] == theirs[name]
+    assert "7 in 2 shards" in run("stats", parquet)
+    one = parquet / "train" / "s1.parquet"
+    assert run_json("stats", one)["datasets"][0]["samples"] == 3
+    assert run_json("stats", parquet / "train" / "s*.parquet")["datasets"][0]["samples"] == 7
+    rows = run_json("order", parquet / "train", "--seed", 5, "--count", 7)["rows"]
+    expected = run_json("order", parent / "train", "--seed", 5, "--count", 7)["rows"]
+    for row, other in zip(rows, expected, strict=True):
+        assert {**row, "key": "", "shard": ""} == {**other, "key": "", "shard": ""}
+        assert (row["shard"], row["key"]) == (
+            f"s{row['sample'] // 4}.parquet",
+            f"s{row['sample'] // 4}/{row['offset']}",
+        )
+    run("preview", one)
+    assert (parquet / "train" / "preview.html").read_text().count("<article>") == 3
+
+
+def test_what_check_cannot_check_is_said(parquet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path, sentence in (
+        (parquet / "train", "is Parquet, and check knows tars only: `weft data stats"),
+        (parquet, "train is Parquet, and check knows tars only"),
+        (parquet / "train" / "s0.parquet", "s0.parquet is Parquet, and check knows"),
+        ("https://example.org/set", "https://example.org/set is a URL, and check reads every byte of a folder"),
+    ):
+        assert main(["data", "check", str(path)]) == 2
+        said = capsys.readouterr().err
+        assert sentence in said
+        assert len(said.splitlines()) == 1
+
+
+def test_stats_of_a_url_are_those_of_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "stats", "nonsense://bucket/set"]) == 2
+    assert "nonsense://bucket/set cannot be read" in capsys.readouterr().err, "with both of its slashes"
+
+
+@pytest.mark.slow
+def test_a_run_on_parquet_is_the_run_on_tars(parent: Path, parquet: Path, tmp_path: Path) -> None:
+    losses = []
+    for number, data_path in enumerate((parent, parquet)):
+        words = [
+            f"data.train={data_path / 'train'}",
+            f"data.test={data_path / 'test'}",
+            f"run.dir={tmp_path / str(number)}",
+        ]
+        command = [sys.executable, "-m", "pretrain.cli", "train", "quickstart", *words, *TINY]
+        subprocess.run(command, check=True, capture_output=True, timeout=280)
+        lines = (tmp_path / str(number) / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert len(losses[0]) == 3
+    assert losses[0] == losses[1]
 
 
 def test_preview_beside_the_shards_or_where_it_is_told(parent: Path, tmp_path: Path) -> None:
