@@ -121,7 +121,7 @@ def config(recipe: RecipeName, overrides: Overrides = None, json_: Json = False)
 @weft.command("eval")
 def evaluate(
     path: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run folder, or a checkpoint.")],
-    data_path: Annotated[Path | None, typer.Option("--data", help="Shards; default: the recipe's data.test.")] = None,
+    data_path: Annotated[str | None, typer.Option("--data", help="Shards; default: the recipe's data.test.")] = None,
     task: Annotated[str, typer.Option(help="retrieval, zero_shot or all.")] = "all",
     samples: Annotated[int | None, typer.Option(min=2, help="The first samples only; default: the recipe's.")] = None,
     json_: Json = False,

@@ -25,7 +25,7 @@ class Run(Section):
 
 
 class Source(Section):
-    data: str = Field(description="shards: a folder, or a URL")
+    data: str = Field(description="as data.train")
     weight: float = Field(1.0, ge=0, description="how much of it is read, against data.weight of data.train")
 
 
@@ -35,12 +35,14 @@ class Phase(Section):
 
 
 class Data(Section):
-    train: str = Field(description="shards to train on: a folder, or a URL (s3://, https://, ...)")
+    train: str = Field(
+        description="what to train on: a folder of shards, its URL (s3://, https://, ...), or Parquet with pictures inside"
+    )
     weight: float = Field(1.0, ge=0, description="how much of data.train is read, against those of data.also")
     also: tuple[Source, ...] = Field((), description="more to train on, by weights; mixed in exact proportion")
     schedule: tuple[Phase, ...] = Field((), description="weights that change at a step, in order of their steps")
     block: int = Field(
-        0, ge=0, description="neighbours in a shard that are read together, for shards at a URL; 0: a full shuffle"
+        0, ge=0, description="neighbours in a shard that are read together, for URLs and Parquet; 0: a full shuffle"
     )
     window: int = Field(64, ge=1, description="blocks that are mixed with each other, where data.block is set")
     test: str | None = Field(None, description="shards to evaluate on, likewise")

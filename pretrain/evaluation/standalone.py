@@ -10,11 +10,12 @@ from pretrain.checkpoint.load import load_model
 from pretrain.errors import RequestError
 from pretrain.evaluation.evaluate import evaluate
 from pretrain.parallel.groups import pick_device, start_alone, stop_ranks
+from pretrain.sources import cache_of
 
 TASKS = ("all", "retrieval", "zero_shot")
 
 
-def evaluate_checkpoint(path: Path, data: Path | None, task: str, samples: int | None) -> dict[str, Any]:
+def evaluate_checkpoint(path: Path, data: str | None, task: str, samples: int | None) -> dict[str, Any]:
     """{"checkpoint", "data", "scores"} of a run's newest checkpoint or a given one.
 
     Raises RequestError when nothing says what data to use, or the data has no labels for zero_shot.
@@ -27,7 +28,9 @@ def evaluate_checkpoint(path: Path, data: Path | None, task: str, samples: int |
         if folder is None:
             raise RequestError(f"the recipe of {path} names no data.test: give --data")
         settings = recipe.eval if samples is None else recipe.eval.model_copy(update={"samples": samples})
-        scores = evaluate(model, open_dataset(folder), tokenizer, recipe.model, settings, ranks).scores
+        scores = evaluate(
+            model, open_dataset(folder, cache_of(recipe)), tokenizer, recipe.model, settings, ranks
+        ).scores
     finally:
         stop_ranks(ranks)
     if task != "all":
