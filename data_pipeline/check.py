@@ -13,9 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 import mmap
-import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -35,6 +33,7 @@ from data_pipeline.index import (
     shard_files,
     table_path,
 )
+from data_pipeline.parallel import run_jobs
 from data_pipeline.sample import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, Sample
 from data_pipeline.tar import BLOCK, Member, TarError, next_header, read_members, split_name
 
@@ -142,24 +141,13 @@ def _check_index(folder: Path) -> tuple[dict[str, ShardEntry], list[Problem]]:
 
 
 def _check_shards(jobs: list[Job], processes: int | None, progress: Progress | None) -> list[_Finding]:
-    processes = min(os.cpu_count() or 1 if processes is None else processes, len(jobs))
-    findings = []
-    if processes <= 1:
-        for job in jobs:
-            findings.append(_check_shard(*job))
+    findings: dict[int, _Finding] = {}
+    with run_jobs(_check_shard, jobs, processes=processes) as results:
+        for number, finding in results:
+            findings[number] = finding
             if progress:
                 progress(len(findings), len(jobs))
-        return findings
-    with ProcessPoolExecutor(processes) as pool:
-        try:
-            futures = [pool.submit(_check_shard, *job) for job in jobs]
-            for done, _ in enumerate(as_completed(futures), start=1):
-                if progress:
-                    progress(done, len(jobs))
-            return [future.result() for future in futures]
-        except BaseException:  # Ctrl-C too: do not begin the shards that are still waiting
-            pool.shutdown(cancel_futures=True)
-            raise
+    return [findings[number] for number in range(len(jobs))]
 
 
 def _check_shard(path: Path, entry: ShardEntry | None, decode: bool) -> _Finding:

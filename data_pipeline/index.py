@@ -19,7 +19,6 @@ import mmap
 import os
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -30,6 +29,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from data_pipeline.errors import DataError
+from data_pipeline.parallel import run_jobs
 from data_pipeline.sample import modalities_of
 from data_pipeline.tar import open_members, split_name
 
@@ -168,13 +168,9 @@ def build_index(folder: str | Path, processes: int | None = None) -> Index:
     paths = shard_files(folder)
     if not paths:
         raise FileNotFoundError(f"no data set at {folder}: there is no .tar file in it{_instead(folder)}")
-    processes = min(os.cpu_count() or 1 if processes is None else processes, len(paths))
-    if processes <= 1:
-        entries = [index_shard(path) for path in paths]
-    else:
-        with ProcessPoolExecutor(processes) as pool:
-            entries = list(pool.map(index_shard, paths))
-    index = Index(tuple(entries))
+    with run_jobs(index_shard, [(path,) for path in paths], processes=processes) as results:
+        entries = dict(results)
+    index = Index(tuple(entries[number] for number in range(len(paths))))
     if index.samples == 0:
         raise DataError(f"there is no sample in the {len(paths)} .tar files of {folder}")
     index.save(folder)

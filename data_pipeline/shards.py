@@ -1,14 +1,16 @@
 """Write a data set: samples made by a function, into WebDataset shards, by many processes, all or nothing.
 
 Design choices:
-- Sample i is a pure function of i, and shard s is samples s * samples_per_shard and on. So a shard is a pure function
-  too: any process may write it, and the bytes are the same however many do.
+- A sample is a pure function of its input, and shard s is made of inputs s * samples_per_shard and on. So a shard is a
+  pure function too: any process on any node may write it, even twice, and the bytes are the same however many do.
 - Everything is written into a hidden folder beside the goal and renamed at the end. A full disk, a Ctrl-C or a bad
   sample leaves nothing behind.
 - A process that is killed cannot tidy up. Where the samples have an `Origin`, its hidden folder is named by that, and
   the same request goes on in it: shards that were finished are kept, their checksums read again first.
-- One process writes into a folder at a time, by a lock that its workers share and the system takes back with the last
-  of them; and they end when their parent does.
+- Workers write under names of their own into a folder of this run, and this process, when it hears of it, gives a
+  finished shard its name. So no worker, however late or lost to us, can touch what another one has written.
+- One process writes into a folder at a time, by a lock that the system takes back when it ends, and with it the workers
+  on this machine, which share it. Those on a Ray may outlive it by a moment, in a folder that nobody reads any more.
 - `webdataset` writes the tar, so `webdataset` reads it; our own index code then reads it back, which is the proof.
 """
 
@@ -17,19 +19,15 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import webdataset
 
@@ -44,6 +42,7 @@ from data_pipeline.index import (
     table_path,
     written_whole,
 )
+from data_pipeline.parallel import run_jobs, stopping
 from data_pipeline.sample import Sample, Skipped
 from data_pipeline.tar import refusal_of_name, split_name
 
@@ -51,8 +50,18 @@ SAMPLES_PER_SHARD = 1024
 ORIGIN_FILE = "origin.json"
 LOCK_SECONDS = 5.0  # to wait for the workers of a process that was killed a moment ago
 
-Make = Callable[[int], Sample | Skipped]
+Make = Callable[[Any], Sample | Skipped]
 Progress = Callable[[int, int], None]
+
+
+class Inputs(Protocol):
+    """What samples are made of, one item each, in order: a list, a range, an array."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def __getitem__(self, part: slice, /) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -72,25 +81,41 @@ class Origin:
     fingerprint: str
 
 
+@dataclass(frozen=True)
+class Workers:
+    """Who makes the shards; see `parallel.run_jobs`."""
+
+    processes: int | None = None
+    on: str | None = None
+    reads: Sequence[Path] = ()
+
+
 def write_shards(
-    count: int,
+    inputs: int | Inputs,
     make: Make,
     folder: str | Path,
     *,
     samples_per_shard: int = SAMPLES_PER_SHARD,
     processes: int | None = None,
+    on: str | None = None,
+    reads: Sequence[Path] = (),
     progress: Progress | None = None,
     origin: Origin | None = None,
 ) -> Written:
-    """Write samples make(0) .. make(count - 1) and their index into `folder`, which must be new or empty.
+    """Write a sample make(input) for each of the inputs, and their index, into `folder`, which must be new or empty.
 
-    `make` must be picklable and depend on its argument alone. `processes`: default all cores, 0 or 1 = this one.
-    `progress(done, total)` is called after every shard, in samples. `origin` is kept in `folder`: a folder that was
-    finished from the same one is left as it is, and what a killed process left of it is gone on with.
+    `inputs`: what samples are made of, or how many: then that is 0, 1, 2 and on. `make` must be picklable and depend on
+    its argument alone. `processes`: default all cores, 0 or 1 = this one. `on`: the address of a Ray to do it on
+    (`parallel.run_jobs`); `folder`, and `reads`, the files and folders that `make` reads, must then lie on a file
+    system that all its nodes share. `progress(done, total)` is called after every shard, in samples. `origin` is kept
+    in `folder`: a folder that was finished from the same one is left as it is, and what a killed process left of it is
+    gone on with.
     Raises ValueError for a folder that holds something or that another process writes to, or a sample that cannot be
-    stored, DataError when there is no sample, OSError when the disk is full.
+    stored, DataError when there is no sample, when a worker dies, or as `run_jobs` does, OSError when the disk is full.
     """
     folder = Path(folder)
+    if isinstance(inputs, int):
+        inputs = range(inputs)
     if origin is not None:
         finished = _read_finished(folder, origin)
         if finished is not None:
@@ -104,8 +129,15 @@ def write_shards(
     hidden = folder.parent / f".{folder.name}.{mark}.unfinished"
     if origin is None:
         shutil.rmtree(hidden, ignore_errors=True)  # of a process that had our number before
+    workers = Workers(processes, on, reads)
     with _hidden_folder(hidden, folder) as unfinished:
-        return _write_folder(count, make, folder, unfinished, samples_per_shard, processes, progress, origin)
+        try:
+            made = _write_all(inputs, make, unfinished, samples_per_shard, workers, progress, origin is not None)
+            return _finish(made, len(inputs), unfinished, folder, origin)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise _disk_full(folder, error) from error
+            raise
 
 
 def read_origin(folder: Path) -> Origin | None:
@@ -158,157 +190,136 @@ def _take(lock: int) -> bool:
             return True
 
 
-def _write_folder(
-    count: int,
-    make: Make,
-    folder: Path,
-    unfinished: Path,
-    samples_per_shard: int,
-    processes: int | None,
-    progress: Progress | None,
-    origin: Origin | None,
-) -> Written:
-    """Fill `unfinished` and rename it to `folder`."""
-    try:
-        results = _write_all(count, make, unfinished, samples_per_shard, processes, progress, origin is not None)
-        entries = [entry for entry, _ in results if entry is not None]
-        skipped = tuple(skip for _, skips in results for skip in skips)
-        if not entries:
-            why = f"; the first, {skipped[0].source}: {skipped[0].reason}" if skipped else ""
-            raise DataError(f"nothing to write to {folder}: none of {count} samples could be made{why}")
-        index = Index(tuple(_renumber(unfinished, entry, number) for number, entry in enumerate(entries)))
-        index.save(unfinished)
-        for note in (*unfinished.glob("*.done"), *unfinished.glob(".*.tmp")):  # the latter of a killed process
-            note.unlink()
-        if origin:
-            tree = {**asdict(origin), "skipped": [asdict(skip) for skip in skipped]}
-            (unfinished / ORIGIN_FILE).write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
-        if folder.exists():
-            folder.rmdir()
-        unfinished.rename(folder)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _disk_full(folder, error) from error
-        raise
+@dataclass(frozen=True)
+class Made:
+    """What came of one shard: its entry (None when all its samples were skipped) and what was skipped.
+
+    `file`: where it lies until it gets its name; None where an earlier process has finished it.
+    """
+
+    entry: ShardEntry | None
+    skipped: tuple[Skipped, ...]
+    file: Path | None = None
+
+
+def _finish(made: list[Made], inputs: int, unfinished: Path, folder: Path, origin: Origin | None) -> Written:
+    """Make a data set of the shards in `unfinished`, and rename it to `folder`."""
+    entries = [each.entry for each in made if each.entry is not None]
+    skipped = tuple(skip for each in made for skip in each.skipped)
+    if not entries:
+        why = f"; the first, {skipped[0].source}: {skipped[0].reason}" if skipped else ""
+        raise DataError(f"nothing to write to {folder}: none of {inputs} samples could be made{why}")
+    index = Index(tuple(_renumber(unfinished, entry, number) for number, entry in enumerate(entries)))
+    index.save(unfinished)
+    for note in (*unfinished.glob("*.done"), *unfinished.glob(".*.tmp")):  # the latter of a killed process
+        note.unlink()
+    if origin:
+        tree = {**asdict(origin), "skipped": [asdict(skip) for skip in skipped]}
+        (unfinished / ORIGIN_FILE).write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+    if folder.exists():
+        folder.rmdir()
+    unfinished.rename(folder)
     return Written(index, skipped)
 
 
-Result = tuple[ShardEntry | None, list[Skipped]]
-
-
 def _write_all(
-    count: int,
+    inputs: Inputs,
     make: Make,
     folder: Path,
     samples_per_shard: int,
-    processes: int | None,
+    workers: Workers,
     progress: Progress | None,
     keep: bool,
-) -> list[Result]:
-    """Every shard, in order: its entry (None when all its samples were skipped) and what was skipped.
+) -> list[Made]:
+    """Every shard, in order.
 
     `keep`: note what is finished, and take what an earlier process has noted.
     """
-    starts = range(0, count, samples_per_shard)
-    shards = [
-        (range(start, min(start + samples_per_shard, count)), make, folder / f"shard-{number:06d}.tar", keep)
-        for number, start in enumerate(starts)
+    for left in folder.glob(".work-*"):  # of a killed process; a worker that it has left fails now
+        shutil.rmtree(left, ignore_errors=True)
+    work = folder / f".work-{uuid.uuid4().hex}"
+    work.mkdir()
+    (work / "seen").write_text("a node that sees this file sees the right folder\n", encoding="utf-8")
+    starts = range(0, len(inputs), samples_per_shard)
+    jobs = [
+        (f"shard-{number:06d}.tar", inputs[start : start + samples_per_shard]) for number, start in enumerate(starts)
     ]
-    processes = min(os.cpu_count() or 1 if processes is None else processes, len(shards))
+    write = _WriteShard(make, folder, work, keep)
+    needs = (work / "seen", *workers.reads)
+    made: dict[int, Made] = {}
     done = 0
-    if processes <= 1:
-        results = []
-        for shard in shards:
-            results.append(_write_shard(*shard))
-            done += len(shard[0])
+    with run_jobs(write, jobs, processes=workers.processes, on=workers.on, needs=needs) as results:
+        for number, result in results:
+            name, part = jobs[number]
+            made[number] = _settle(folder / name, result, keep)
+            done += len(part)
             if progress:
-                progress(done, count)
-        return results
-    stop = multiprocessing.Event()
-    with ProcessPoolExecutor(processes, initializer=_start_process, initargs=(stop,)) as pool:
-        try:
-            futures = {pool.submit(_write_shard, *shard): len(shard[0]) for shard in shards}
-            for future in as_completed(futures):
-                future.result()
-                done += futures[future]
-                if progress:
-                    progress(done, count)
-        except BaseException:  # a Ctrl-C too: nobody should go on writing what will be thrown away
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-            raise
-        return [future.result() for future in futures]
+                progress(done, len(inputs))
+    shutil.rmtree(work, ignore_errors=True)
+    return [made[number] for number in range(len(jobs))]
 
 
-_stop: Event | None = None  # set by the parent when what this process writes is no longer wanted
+def _settle(path: Path, made: Made, keep: bool) -> Made:
+    """Give a shard that a worker has made its place, and note that it is finished."""
+    if made.file is None:
+        return made
+    entry = made.entry
+    if entry is not None:
+        made.file.rename(path)
+        table_path(made.file).rename(table_path(path))
+        entry = replace(entry, file=path.name)
+    settled = Made(entry, made.skipped)
+    if keep:
+        _write_note(path, settled)
+    return settled
 
 
-def _start_process(stop: Event) -> None:
-    """Ctrl-C is the parent's to handle: it sets `stop`, and this process ends at its next sample."""
-    global _stop
-    _stop = stop
-    obey_parent()
+@dataclass(frozen=True)
+class _WriteShard:
+    """What a worker does: one shard, taken as it is when it was finished before, and otherwise made in `work`."""
+
+    make: Make
+    folder: Path
+    work: Path
+    keep: bool
+
+    def __call__(self, name: str, inputs: Inputs) -> Made:
+        made = _read_note(self.folder / name) if self.keep else None
+        return made or _make_shard(inputs, self.make, self.work / f"{uuid.uuid4().hex}.tar", name)
 
 
-def obey_parent() -> None:
-    """In a worker process: Ctrl-C is the parent's to handle, and this process ends when its parent does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """End this process when its parent does: a killed one cannot tell its workers, and they would wait for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _write_shard(samples: range, make: Make, path: Path, keep: bool) -> Result:
-    """One shard: taken as it is when it was finished before, and otherwise made."""
-    if not keep:
-        return _make_shard(samples, make, path)
-    result = _read_note(path)
-    if result is None:
-        result = _make_shard(samples, make, path)
-        if _stop is None or not _stop.is_set():
-            _write_note(path, result)
-    return result
-
-
-def _write_note(path: Path, result: Result) -> None:
+def _write_note(path: Path, made: Made) -> None:
     """Note beside the shard at `path` that it is finished, and what came of it."""
-    entry, skipped = result
-    tree = {"entry": entry and asdict(entry), "skipped": [asdict(skip) for skip in skipped]}
+    tree = {"entry": made.entry and asdict(made.entry), "skipped": [asdict(skip) for skip in made.skipped]}
     with written_whole(path.with_suffix(".done")) as unfinished:
         unfinished.write_text(json.dumps(tree), encoding="utf-8")
 
 
-def _read_note(path: Path) -> Result | None:
+def _read_note(path: Path) -> Made | None:
     """What came of the shard at `path`; None when it is not finished, or not what was noted (a power cut)."""
     try:
         tree = json.loads(path.with_suffix(".done").read_text(encoding="utf-8"))
-        skipped = [Skipped(skip["source"], skip["reason"]) for skip in tree["skipped"]]
+        skipped = tuple(Skipped(skip["source"], skip["reason"]) for skip in tree["skipped"])
         if tree["entry"] is None:
-            return None, skipped
+            return Made(None, skipped)
         entry = ShardEntry(**{**tree["entry"], "modalities": tuple(tree["entry"]["modalities"])})
         if checksum_of(path) != entry.checksum:
             return None
         load_table(path, entry)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return entry, skipped
+    return Made(entry, skipped)
 
 
-def _make_shard(samples: range, make: Make, path: Path) -> Result:
-    """Make these samples and write them as one tar with its table of offsets."""
+def _make_shard(inputs: Inputs, make: Make, path: Path, name: str) -> Made:
+    """Make these samples and write them as one tar, with its table of offsets, that will be called `name`."""
     skipped: list[Skipped] = []
     written: set[str] = set()
     with path.open("wb") as file, webdataset.TarWriter(file, encoder=False, compress=False, mtime=0) as tar:
-        for number in samples:
-            if _stop is not None and _stop.is_set():
-                return None, []
-            sample = make(number)
+        for each in inputs:
+            if stopping():
+                return Made(None, ())
+            sample = make(each)
             if isinstance(sample, Skipped):
                 skipped.append(sample)
                 continue
@@ -317,11 +328,11 @@ def _make_shard(samples: range, make: Make, path: Path) -> Result:
             tar.write({"__key__": sample.key, **sample.fields})
     if not written:
         path.unlink()
-        return None, skipped
+        return Made(None, tuple(skipped), path)
     entry = index_shard(path)
     if entry.samples != len(written):
-        raise ValueError(f"{len(written)} samples were written to {path.name}, but {entry.samples} can be read back")
-    return entry, skipped
+        raise ValueError(f"{len(written)} samples were written to {name}, but {entry.samples} can be read back")
+    return Made(entry, tuple(skipped), path)
 
 
 def _refuse_unstorable(sample: Sample, written: set[str]) -> None:

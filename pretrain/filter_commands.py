@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pretrain.data_output import SHOWN, Json, Processes, plural, print_json, progress_bar, show_more
+from pretrain.import_commands import Ray
 
 if TYPE_CHECKING:
     from data_pipeline.filters import FilterReport, StepReport
@@ -31,6 +32,7 @@ def filter_command(
         Path | None, typer.Option(metavar="TEST", help="Test set: what duplicates find there leaves PATH.")
     ] = None,
     processes: Processes = None,
+    ray: Ray = None,
     as_json: Json = False,
 ) -> None:
     """Remove duplicates, bad captions, personal data and what scores low; say of each step what it removed and why."""
@@ -46,7 +48,9 @@ def filter_command(
         compare = f", with --against {path / 'test'} to keep the test set out of it" if "test" in parts else ""
         raise ValueError(f"{path} holds {len(parts)} data sets: give {path / parts[0]}{compare}")
     with progress_bar("filtering") as progress:
-        report = run_filters(path, out, parse_steps(steps), against=against, processes=processes, progress=progress)
+        report = run_filters(
+            path, out, parse_steps(steps), against=against, processes=processes, on=ray, progress=progress
+        )
     if as_json:
         print_json({"path": str(out), **report.as_tree()})
     else:

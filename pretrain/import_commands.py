@@ -38,6 +38,15 @@ Licence = Annotated[str | None, typer.Option(help="Licence of the samples for wh
 Media = Annotated[
     Path | None, typer.Option(help="Folder of the images or sounds; default: where the data set has them.")
 ]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="local|HOST:PORT",
+        help="Work as tasks of this Ray cluster, or of a Ray on this machine. What is read and OUT must lie on a file "
+        "system that all its nodes share; --processes is then the most tasks at a time.",
+    ),
+]
 
 PUBLISHED = {
     "coco": "Import COCO captions: annotations/captions_*.json, train2017/, val2017/; val becomes OUT/test.",
@@ -61,6 +70,7 @@ def import_folder_command(
     test_share: TestShare = 0.1,
     seed: Seed = 0,
     processes: Processes = None,
+    ray: Ray = None,
     as_json: Json = False,
 ) -> None:
     """Import a folder of pictures with a .txt of the same name beside each, or one folder a class."""
@@ -74,6 +84,7 @@ def import_folder_command(
             test_share=test_share,
             seed=seed,
             processes=processes,
+            on=ray,
             progress=progress,
         )
     show_imported(out, imported, as_json)
@@ -89,6 +100,7 @@ def import_table_command(
     test_share: TestShare = 0.1,
     seed: Seed = 0,
     processes: Processes = None,
+    ray: Ray = None,
     as_json: Json = False,
 ) -> None:
     """Import a table (CSV, TSV or Parquet) with a column of pictures and one of captions."""
@@ -104,6 +116,7 @@ def import_table_command(
             test_share=test_share,
             seed=seed,
             processes=processes,
+            on=ray,
             progress=progress,
         )
     show_imported(out, imported, as_json)
@@ -120,6 +133,7 @@ def import_tuxpaint_command(
     ] = None,
     sound: Sound = True,
     processes: Processes = None,
+    ray: Ray = None,
     as_json: Json = False,
 ) -> None:
     """Import the stamps of Tux Paint (Debian, GPL-2): real pictures with captions and spoken descriptions."""
@@ -134,6 +148,7 @@ def import_tuxpaint_command(
             package=package,
             sound=sound,
             processes=processes,
+            on=ray,
             progress=progress,
         )
     show_imported(out, imported, as_json)
@@ -157,6 +172,7 @@ def _add_published(name: str, meaning: str) -> None:
         test_share: NewShare = None,
         seed: Seed = 0,
         processes: Processes = None,
+        ray: Ray = None,
         as_json: Json = False,
     ) -> None:
         import_it = getattr(import_module(f"data_pipeline.importers.{name}"), f"import_{name}")
@@ -169,6 +185,7 @@ def _add_published(name: str, meaning: str) -> None:
                 test_share=test_share,
                 seed=seed,
                 processes=processes,
+                on=ray,
                 progress=progress,
             )
         show_imported(out, imported, as_json)

@@ -36,7 +36,7 @@ class Phase(Section):
 
 class Data(Section):
     train: str = Field(
-        description="what to train on: a folder of shards, its URL (s3://, https://, ...), or Parquet with pictures inside"
+        description="a folder of shards, its URL (s3://, https://, ...), or Parquet with pictures inside"
     )
     weight: float = Field(1.0, ge=0, description="how much of data.train is read, against those of data.also")
     also: tuple[Source, ...] = Field((), description="more to train on, by weights; mixed in exact proportion")

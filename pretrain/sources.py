@@ -25,6 +25,7 @@ from data_pipeline.index import written_whole
 from pretrain.config import Recipe
 from pretrain.parallel.groups import Ranks
 
+
 def cache_of(recipe: Recipe) -> Cache:
     """Where what is fetched of shards at a URL is kept."""
     return Cache(recipe.data.cache.expanduser(), int(recipe.data.cache_gib * (1 << 30)))

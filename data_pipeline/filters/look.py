@@ -6,20 +6,21 @@ What is found is arrays of ids and signatures, so that a parent can hold it for 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 import numpy as np
 
 from data_pipeline.errors import DataError
 from data_pipeline.filters.step import Change, Drop, Outcome, SampleStep, Step
+from data_pipeline.index import INDEX_FILE
+from data_pipeline.parallel import run_jobs
 from data_pipeline.reader import Dataset
 from data_pipeline.sample import Sample
-from data_pipeline.shards import Progress, obey_parent
+from data_pipeline.shards import Progress
 
 CHUNK = 256  # samples that a process looks at at a time
 UNREADABLE = "cannot be read"
@@ -101,47 +102,39 @@ def outcomes(sample: Sample, steps: Sequence[Step]) -> Iterator[tuple[int, Outco
             sample = outcome.sample
 
 
-def look_at_all(jobs: list[Look], processes: int | None, progress: Progress) -> list[Found]:
-    """What is found in all samples of each job."""
+def look_at_all(jobs: list[Look], processes: int | None, on: str | None, progress: Progress) -> list[Found]:
+    """What is found in all samples of each job; by whom, see `parallel.run_jobs`."""
     chunks = [
         (number, range(start, min(start + CHUNK, len(job.dataset))))
         for number, job in enumerate(jobs)
         for start in range(0, len(job.dataset), CHUNK)
     ]
     total, done = sum(len(job.dataset) for job in jobs), 0
-    processes = min(os.cpu_count() or 1 if processes is None else processes, len(chunks))
-    parts: list[Found] = []
-    if processes <= 1:
-        for number, samples in chunks:
-            parts.append(jobs[number](samples))
-            done += len(samples)
+    needs = [path for job in jobs for path in what_is_read(job.dataset, job.steps)]
+    parts: dict[int, Found] = {}
+    with run_jobs(_LookAtChunk(tuple(jobs)), chunks, processes=processes, on=on, needs=needs) as results:
+        for chunk, found in results:
+            parts[chunk] = found
+            done += len(chunks[chunk][1])
             progress(done, total)
-    else:
-        with ProcessPoolExecutor(processes, initializer=_start_process, initargs=(jobs,)) as pool:
-            try:
-                futures = {pool.submit(_look_at_chunk, *chunk): chunk for chunk in chunks}
-                for future in as_completed(futures):
-                    future.result()
-                    done += len(futures[future][1])
-                    progress(done, total)
-            except BaseException:  # Ctrl-C too: do not begin what is still waiting
-                pool.shutdown(cancel_futures=True)
-                raise
-            parts = [future.result() for future in futures]
-    owners = [number for number, _ in chunks]
     return [
-        Found.join([part for owner, part in zip(owners, parts, strict=True) if owner == number])
+        Found.join([parts[chunk] for chunk, (owner, _) in enumerate(chunks) if owner == number])
         for number in range(len(jobs))
     ]
 
 
-_jobs: list[Look] = []  # of this process, when it is a worker
+def what_is_read(dataset: Dataset, steps: Sequence[Step]) -> list[Path]:
+    """The files of this machine that steps over a data set read: its own, and their tables."""
+    tables = [getattr(step, option.name) for step in steps for option in fields(step)]  # type: ignore[arg-type]  # a step is a dataclass
+    own = [dataset.folder / INDEX_FILE] if isinstance(dataset.folder, Path) else []
+    return own + [table for table in tables if isinstance(table, Path)]
 
 
-def _start_process(jobs: list[Look]) -> None:
-    _jobs[:] = jobs
-    obey_parent()
+@dataclass(frozen=True)
+class _LookAtChunk:
+    """What a worker does: a stretch of one of the jobs."""
 
+    jobs: tuple[Look, ...]
 
-def _look_at_chunk(job: int, samples: range) -> Found:
-    return _jobs[job](samples)
+    def __call__(self, job: int, samples: range) -> Found:
+        return self.jobs[job](samples)

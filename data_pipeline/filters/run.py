@@ -12,20 +12,18 @@ Design choices:
 
 from __future__ import annotations
 
-import pickle
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from data_pipeline.errors import DataError
-from data_pipeline.filters.look import Found, Look, look_at_all, outcomes
+from data_pipeline.filters.look import Found, Look, look_at_all, outcomes, what_is_read
 from data_pipeline.filters.report import DatasetName, Example, FilterReport, StepReport
 from data_pipeline.filters.step import Change, Drop, SampleStep, SetStep, Signatures, Step
+from data_pipeline.parallel import connected
 from data_pipeline.reader import Dataset, open_dataset
 from data_pipeline.sample import Sample
 from data_pipeline.shards import SAMPLES_PER_SHARD, Progress, write_shards
@@ -42,17 +40,33 @@ def run_filters(
     against: Path | None = None,
     samples_per_shard: int = SAMPLES_PER_SHARD,
     processes: int | None = None,
+    on: str | None = None,
     progress: Progress | None = None,
 ) -> FilterReport:
     """Write what `steps` keep of the data set `source` into `out`, new or empty, and filters.json beside it.
 
     against: a test set; what a step finds there too leaves `source`. `processes`: default all cores, 0 or 1 = this.
-    `progress(done, total)` counts samples that were looked at and written.
+    `on`: the address of a Ray to do it on (`parallel.run_jobs`), whose nodes must share the file system of all that is
+    read and written here. `progress(done, total)` counts samples that were looked at and written.
     Raises ValueError when `out` holds something, there is no step, no step that compares with `against`, or two kept
     samples of one key would come into one shard; FileNotFoundError when there is no data set; DataError when a shard
-    is bad or no sample is kept.
+    is bad, no sample is kept, or as `run_jobs` does.
     """
     refuse_existing(out)
+    with connected(on, processes):
+        return _run(source, out, steps, against, samples_per_shard, processes, on, progress)
+
+
+def _run(
+    source: Path,
+    out: Path,
+    steps: Sequence[Step],
+    against: Path | None,
+    samples_per_shard: int,
+    processes: int | None,
+    on: str | None,
+    progress: Progress | None,
+) -> FilterReport:
     comparing = _comparing(steps, against)
     dataset = open_dataset(source)
     test = open_dataset(against) if against else None
@@ -67,7 +81,7 @@ def run_filters(
     jobs = [Look(dataset, tuple(steps), None)]
     if test is not None:
         jobs.append(Look(test, tuple(steps), comparing))
-    found, *of_others = look_at_all(jobs, processes, look_progress)
+    found, *of_others = look_at_all(jobs, processes, on, look_progress)
     decision = _decide(dataset, steps, found, (test, of_others[0]) if test is not None else None)
     kept, mask = np.flatnonzero(decision.alive), decision.changed[decision.alive]
     if not kept.size:
@@ -93,11 +107,16 @@ def run_filters(
         changed=int(np.count_nonzero(mask)),
         steps=tuple(decision.steps),
     )
-    with tempfile.TemporaryDirectory(prefix="weft-filter-") as temporary:
-        make = _MakeKept.spill(Path(temporary), dataset, steps, kept, mask)
-        write_shards(
-            len(kept), make, out, samples_per_shard=samples_per_shard, processes=processes, progress=write_progress
-        )
+    write_shards(
+        np.stack([kept, mask], axis=1),
+        _MakeKept(dataset, tuple(steps)),
+        out,
+        samples_per_shard=samples_per_shard,
+        processes=processes,
+        on=on,
+        reads=what_is_read(dataset, steps),
+        progress=write_progress,
+    )
     try:
         report.save(out)
     except BaseException:  # shards that nobody can say the origin of are of no use
@@ -268,34 +287,18 @@ def _name(path: Path, dataset: Dataset) -> DatasetName:
 
 @dataclass(frozen=True)
 class _MakeKept:
-    """make(i) for `write_shards`: kept sample i, changed again by the steps that changed it; its plan lies on disk."""
+    """make(input) for `write_shards`: one kept sample, changed again by the steps that changed it."""
 
-    folder: Path
+    dataset: Dataset
+    steps: tuple[Step, ...]
 
-    @classmethod
-    def spill(
-        cls, folder: Path, dataset: Dataset, steps: Sequence[Step], kept: np.ndarray, changed: np.ndarray
-    ) -> _MakeKept:
-        """Put the plan on disk, for any process to take up."""
-        np.save(folder / "kept.npy", kept.astype(np.int64))
-        np.save(folder / "changed.npy", changed)
-        (folder / "plan").write_bytes(pickle.dumps((dataset, tuple(steps))))
-        return cls(folder)
-
-    def __call__(self, number: int) -> Sample:
-        dataset, steps, kept, changed = _load_plan(self.folder)
-        sample = dataset.read(int(kept[number]))
-        mask = int(changed[number])
-        for step_number, step in enumerate(steps):
+    def __call__(self, kept: np.ndarray) -> Sample:
+        """kept: int64 [2], the id of the sample and a bit for each step that changed it."""
+        number, mask = kept.tolist()
+        sample = self.dataset.read(number)
+        for step_number, step in enumerate(self.steps):
             if mask >> step_number & 1:
                 outcome = step.look(sample) if isinstance(step, SampleStep) else None
                 assert isinstance(outcome, Change), "a step judges a sample the same whenever it looks"
                 sample = outcome.sample
         return sample
-
-
-@lru_cache(maxsize=1)
-def _load_plan(folder: Path) -> tuple[Dataset, tuple[Step, ...], np.ndarray, np.ndarray]:
-    """What `spill` wrote, a moment ago and into a folder of this user alone."""
-    dataset, steps = pickle.loads((folder / "plan").read_bytes())
-    return dataset, steps, np.load(folder / "kept.npy", mmap_mode="r"), np.load(folder / "changed.npy", mmap_mode="r")

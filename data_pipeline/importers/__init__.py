@@ -19,17 +19,18 @@ there is to import lists `Candidate`s (a name, captions, and a `place`, which is
 bytes are) and hands them to `write_split` with a function that reads one:
 
     def import_mine(source: Path, out: Path, *, test_share: float = 0.1, seed: int = 0,
-                    processes: int | None = None, progress: Progress | None = None) -> Imported:
+                    processes: int | None = None, on: str | None = None,
+                    progress: Progress | None = None) -> Imported:
         request = Request.of("mine", source, test_share=test_share, seed=seed)
         refuse_existing(out, request)
         candidates = [Candidate(name, (caption,), place) for name, caption, place in ...]
         return write_split(out, candidates, read_mine, test_share=test_share, seed=seed, request=request,
-                           processes=processes, progress=progress)
+                           processes=processes, on=on, reads=[source], progress=progress)
 
     def read_mine(candidate: Candidate) -> dict[str, bytes]:
         return image_field(Path(candidate.place).read_bytes())
 
-`read_mine` is a module's own function, so that worker processes can be sent it; it raises DataError or OSError for
-what is to be skipped with that reason. `write_split` does the rest: keys, the split, parallel writing, all or nothing,
-going on after a kill.
+`read_mine` is a module's own function, so that workers, here or on a Ray, can be sent it; it raises DataError or
+OSError for what is to be skipped with that reason. `write_split` does the rest: keys, the split, parallel writing, all
+or nothing, going on after a kill.
 """

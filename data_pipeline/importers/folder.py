@@ -43,6 +43,7 @@ def import_folder(
     test_share: float = TEST_SHARE,
     seed: int = 0,
     processes: int | None = None,
+    on: str | None = None,
     progress: Progress | None = None,
 ) -> Imported:
     """Write the captioned images below the folder `source` into out/train and out/test.
@@ -75,6 +76,8 @@ def import_folder(
         seed=seed,
         request=request,
         processes=processes,
+        on=on,
+        reads=[source],
         progress=progress,
     )
 

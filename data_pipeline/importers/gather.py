@@ -59,6 +59,7 @@ class Options(TypedDict, total=False):
 
     media: where the images or sounds lie, if not where the data set has them. licence: of the samples whose licence the
     data set does not tell. test_share: None keeps the published split; a share draws another one, with `seed`.
+    processes, on: who works; see `shards.write_shards`.
     """
 
     media: Path | None
@@ -66,6 +67,7 @@ class Options(TypedDict, total=False):
     test_share: float | None
     seed: int
     processes: int | None
+    on: str | None
     progress: Progress | None
 
 
@@ -170,6 +172,8 @@ def run_import(
         seed=seed,
         request=request,
         processes=options.get("processes"),
+        on=options.get("on"),
+        reads=[source, *([media] if media else [])],
         progress=options.get("progress"),
     )
 

@@ -13,28 +13,27 @@ Design choices:
 - OUT/train appears last: where it is, the import is complete.
 - What was asked for is a `Request`, and it is kept with what was written. The same request again finds its work done;
   after a kill it goes on. Whether it is the same is told by names, captions and metadata, not by bytes of images.
-- Workers read what to make from files of one shard's size, so a million samples are not sent to each of them.
+- A worker is sent what to make a shard at a time, so a million samples are not sent to each of them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 import re
 import shutil
-import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_pipeline.errors import DataError
+from data_pipeline.parallel import connected
 from data_pipeline.sample import Sample, Skipped
-from data_pipeline.shards import SAMPLES_PER_SHARD, Origin, Progress, Written, read_origin, write_shards
+from data_pipeline.shards import Origin, Progress, Workers, Written, read_origin, write_shards
 
 PARTS = ("val", "test", "train")  # in the order in which they are written
 TEST_SHARE = 0.1  # where no split was published and none is asked for
@@ -135,6 +134,8 @@ def write_split(
     seed: int,
     request: Request | None = None,
     processes: int | None = None,
+    on: str | None = None,
+    reads: Sequence[Path] = (),
     progress: Progress | None = None,
 ) -> Imported:
     """Write `candidates` into out/train and out/test, about `test_share` of them into test (0 = no test set).
@@ -142,7 +143,8 @@ def write_split(
     A `test_share` of None keeps the split that the candidates have, out/val included, or is `TEST_SHARE` if they have
     none. `read(candidate)` gives the fields other than "txt" and "json"; it must be picklable, and raises DataError or
     OSError for a candidate to skip with that reason. `skipped` is what the importer left out already; it is reported
-    with train. `progress(done, total)` counts through all sets. With a `request`, a finished import of the same is left
+    with train. `processes`, and `on` with `reads`, which is what `read` reads: see `write_shards`.
+    `progress(done, total)` counts through all sets. With a `request`, a finished import of the same is left
     as it is, and one that was killed goes on.
     Raises ValueError when `out` holds a data set or nothing can be held out, DataError when no sample can be made.
     """
@@ -162,7 +164,8 @@ def write_split(
         test, train, unreadable = _hold_out(items, read, share, seed)
         sets = {"test": test, "train": train}
     sets = {part: of for part, of in sets.items() if of} or {"train": []}
-    written = _write_sets(out, sets, read, origin, processes, progress)
+    with connected(on, processes):
+        written = _write_sets(out, sets, read, origin, Workers(processes, on, reads), progress)
     told = next(part for part in reversed(PARTS) if part in written)  # train, where there is one
     written[told] = replace(written[told], skipped=(*skipped, *unreadable, *written[told].skipped))
     return Imported(written.get("train"), written.get("test"), written.get("val"))
@@ -173,7 +176,7 @@ def _write_sets(
     sets: dict[str, list[Item]],
     read: Read,
     origin: Origin | None,
-    processes: int | None,
+    workers: Workers,
     progress: Progress | None,
 ) -> dict[str, Written]:
     """Write each of the sets into the folder of its name, or none of them."""
@@ -186,20 +189,26 @@ def _write_sets(
         if progress:
             progress(done + of_this_set, total)
 
-    with tempfile.TemporaryDirectory(prefix="weft-import-") as temporary:
-        try:
-            for part, items in sets.items():
-                make = _spill(items, read, Path(temporary) / part)
-                written[part] = write_shards(
-                    len(items), make, out / part, processes=processes, progress=report, origin=origin
-                )
-                done += len(items)
-        except BaseException:  # a Ctrl-C too: a test set without its training set is of no use
-            for part in written:
-                shutil.rmtree(out / part, ignore_errors=True)
-            if is_new and out.is_dir() and not any(out.iterdir()):
-                out.rmdir()
-            raise
+    try:
+        for part, items in sets.items():
+            make = partial(_make_sample, read=read)
+            written[part] = write_shards(
+                items,
+                make,
+                out / part,
+                processes=workers.processes,
+                on=workers.on,
+                reads=workers.reads,
+                progress=report,
+                origin=origin,
+            )
+            done += len(items)
+    except BaseException:  # a Ctrl-C too: a test set without its training set is of no use
+        for part in written:
+            shutil.rmtree(out / part, ignore_errors=True)
+        if is_new and out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
+        raise
     return written
 
 
@@ -362,30 +371,3 @@ def _make_sample(item: Item, read: Read) -> Sample | Skipped:
         metadata["provenance"] = candidate.provenance._asdict()
     text = json.dumps(metadata, ensure_ascii=False).encode("utf-8", "backslashreplace")
     return Sample(key, {**fields, "txt": candidate.captions[0].encode("utf-8", "backslashreplace"), "json": text})
-
-
-@dataclass(frozen=True)
-class _MakeSpilled:
-    """make(i) for `write_shards`: sample i of the items that lie in `folder`, in files of one shard each."""
-
-    folder: Path
-    read: Read
-
-    def __call__(self, number: int) -> Sample | Skipped:
-        file, place = divmod(number, SAMPLES_PER_SHARD)
-        return _make_sample(_load_items(self.folder / str(file))[place], self.read)
-
-
-def _spill(items: list[Item], read: Read, folder: Path) -> _MakeSpilled:
-    """Put `items` on disk, for any process to make samples of."""
-    folder.mkdir()
-    for number, start in enumerate(range(0, len(items), SAMPLES_PER_SHARD)):
-        (folder / str(number)).write_bytes(pickle.dumps(items[start : start + SAMPLES_PER_SHARD]))
-    return _MakeSpilled(folder, read)
-
-
-@lru_cache(maxsize=1)
-def _load_items(path: Path) -> list[Item]:
-    """What `_spill` wrote, a moment ago and into a folder of this user alone."""
-    items: list[Item] = pickle.loads(path.read_bytes())
-    return items

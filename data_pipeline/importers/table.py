@@ -57,6 +57,7 @@ def import_table(
     test_share: float = TEST_SHARE,
     seed: int = 0,
     processes: int | None = None,
+    on: str | None = None,
     progress: Progress | None = None,
 ) -> Imported:
     """Write the rows of the table `source` into out/train and out/test; `licence` is noted with each sample.
@@ -88,6 +89,8 @@ def import_table(
         seed=seed,
         request=request,
         processes=processes,
+        on=on,
+        reads=[source],
         progress=progress,
     )
 

@@ -49,6 +49,7 @@ def import_tuxpaint(
     package: Path | None = None,
     sound: bool = True,
     processes: int | None = None,
+    on: str | None = None,
     progress: Progress | None = None,
 ) -> Imported:
     """Write the stamps with captions, and with `sound` speech, in `language` into out/train and out/test.
@@ -83,6 +84,8 @@ def import_tuxpaint(
             seed=seed,
             request=request,
             processes=processes,
+            on=on,
+            reads=[stamps],
             progress=progress,
         )
 

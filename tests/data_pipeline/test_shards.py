@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import webdataset
 from tars import picture
@@ -82,6 +83,14 @@ def test_any_number_of_processes_writes_the_same_bytes(tmp_path: Path, function:
     two = write_shards(11, function, tmp_path / "two", samples_per_shard=2, processes=2)
     assert one == two
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+@pytest.mark.parametrize("inputs", [[5, 2, 9], np.array([5, 2, 9]), range(3, 8, 2)])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_sample_is_made_of_each_input(tmp_path: Path, inputs: Any, processes: int) -> None:
+    write_shards(inputs, make, tmp_path / "out", samples_per_shard=2, processes=processes)
+    dataset = open_dataset(tmp_path / "out")
+    assert [dataset.read(i) for i in range(3)] == [make(each) for each in inputs]
 
 
 def test_skipped_samples_leave_no_gap(tmp_path: Path) -> None:
@@ -274,7 +283,7 @@ def finished_shards(tmp_path: Path, count: int) -> Path:
     write_shards(count, make_or_skip, tmp_path / "out", samples_per_shard=4, processes=1, origin=origin)
     shutil.rmtree(tmp_path / "out")
     hidden.mkdir()
-    shards_module._write_all(count, make_or_skip, hidden, 4, 1, None, True)
+    shards_module._write_all(range(count), make_or_skip, hidden, 4, shards_module.Workers(1), None, True)
     return hidden
 
 
@@ -286,6 +295,8 @@ def test_only_what_is_whole_is_kept(tmp_path: Path) -> None:
     (hidden / "shard-000003.tar").unlink()
     (hidden / "shard-000004.done").write_text('{"entry"')
     (hidden / ".shard-000004.done.77.tmp").write_text("left by the killed process")
+    (hidden / ".work-77").mkdir()
+    (hidden / ".work-77" / "half.tar").write_text("left by a worker of it")
     log = tmp_path / "log"
     resumed = write_shards(
         20, partial(make_logged, log), tmp_path / "out", samples_per_shard=4, processes=1, origin=ORIGIN
