@@ -1,19 +1,22 @@
-"""How fast the loader is, against plain `webdataset` and against the decoding that nobody can leave out.
+"""How fast the loader is, against its peers and against the decoding that nobody can leave out.
 
-Four ways to make the same batches of size x size RGB images from the same temporary shards:
+Ways to make the same batches of size x size RGB images from the same temporary shards:
 
     weft                       our Loader: uint8 out
     webdataset                 webdataset + PIL + float arithmetic in the workers, the pipeline most people write
     webdataset_fast_decoder    webdataset with our decoder and resize, uint8 out: what is left is the loader itself
+    the loaders of others      mosaicml-streaming, megatron-energon, Ray Data, where they are installed: bench_peers.py
     decode_alone               decode and resize in a bare loop over bytes in memory: the floor
 
 Design choices:
-- The number to trust is samples per CPU-second, this process and all its workers, from their start to their end: it
+- The number to trust is samples per CPU-second, a way's process and all its workers, from their start to their end: it
   stands (nearly) still when somebody else is on the machine, which samples per wall second do not.
 - Every way runs `workers` processes at once, the bare loop too: two busy threads of one core are slower than one.
 - The ways take turns, round after round, the first round being warm-up, so that a change of the machine meets all.
+- Memory is looked at in the warm-up round, as looking takes time: after its first tenth, and near its end, while every
+  worker is still there. A round is an epoch, or as many as make SAMPLES.
 - The consumer drops each batch. A real one copies it to a device, and uint8 is a quarter of float there too, so this
-  flatters the float pipeline.
+  flatters the float pipelines.
 - The images are noise with the 1/f^a amplitude spectrum of photographs, a = 1.2 to 1.6 (Field 1987, "Relations between
   the statistics of natural images"), as JPEG of quality 90 with half-resolution colour: about 70 kB at 512 x 384.
 """
@@ -22,10 +25,10 @@ from __future__ import annotations
 
 import io
 import multiprocessing
-import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -41,6 +44,7 @@ from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader
 
 from data_pipeline.batch import BatchMaker
+from data_pipeline.bench_peers import PEERS, Job, PeerProcess, Speed, measure, pil_pixels
 from data_pipeline.loader import Loader
 from data_pipeline.order import Order
 from data_pipeline.reader import open_dataset
@@ -48,22 +52,9 @@ from data_pipeline.sample import Sample
 from data_pipeline.shards import write_shards
 from data_pipeline.transforms import ImageTransform
 
-SAMPLES = 2048  # at least this many a measurement, so that starting workers does not weigh
+SAMPLES = 4096  # at least this many a measurement, so that starting workers does not weigh
 QUALITY = 90
 CONTRAST, COLOUR = 50.0, 0.25  # standard deviation of the brightness, in grey levels, and of a colour difference to it
-
-# CLIP's per-channel mean and standard deviation (Radford et al. 2021, github.com/openai/CLIP)
-MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
-STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Medians over the repeats."""
-
-    samples_per_cpu_second: float  # CPU time of this process and its workers
-    samples_per_second: float
-    first_batch_seconds: float | None  # None for the bare loop, which makes no batches
 
 
 @dataclass(frozen=True)
@@ -80,25 +71,40 @@ class LoaderBench:
     repeats: int
     seed: int
     samples: int  # a measurement
+    first_in_process_seconds: float  # from opening the data set to its first batch, without workers
     weft: Speed
     webdataset: Speed
     webdataset_fast_decoder: Speed
     decode_alone: Speed
+    peers: dict[str, Speed | str]  # by the names of bench_peers.PEERS; a str says why there is no speed
 
     @property
     def times_webdataset(self) -> float:
         """Our samples per CPU-second over those of webdataset with PIL."""
-        return self.weft.samples_per_cpu_second / self.webdataset.samples_per_cpu_second
+        return self._times(self.webdataset)
 
     @property
     def times_webdataset_fast_decoder(self) -> float:
         """Our samples per CPU-second over those of webdataset with our decoder."""
-        return self.weft.samples_per_cpu_second / self.webdataset_fast_decoder.samples_per_cpu_second
+        return self._times(self.webdataset_fast_decoder)
+
+    @property
+    def times_peers(self) -> dict[str, float]:
+        """Our samples per CPU-second over those of each peer that was measured."""
+        return {name: self._times(speed) for name, speed in self.peers.items() if isinstance(speed, Speed)}
+
+    @property
+    def times_best_peer(self) -> float | None:
+        """The smallest of `times_peers`; None when no peer was measured."""
+        return min(self.times_peers.values(), default=None)
 
     @property
     def overhead(self) -> float:
         """CPU time a sample beyond decoding and resizing, as a part of those: 0.1 is 10% more."""
         return self.decode_alone.samples_per_cpu_second / self.weft.samples_per_cpu_second - 1
+
+    def _times(self, other: Speed) -> float:
+        return self.weft.samples_per_cpu_second / other.samples_per_cpu_second
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, ratios included, in JSON's types."""
@@ -106,32 +112,51 @@ class LoaderBench:
             **asdict(self),
             "times_webdataset": self.times_webdataset,
             "times_webdataset_fast_decoder": self.times_webdataset_fast_decoder,
+            "times_peers": self.times_peers,
+            "times_best_peer": self.times_best_peer,
             "overhead": self.overhead,
         }
 
     def __str__(self) -> str:
-        rows = {
+        rows: dict[str, Speed | str] = {
             "weft": self.weft,
             "webdataset + PIL": self.webdataset,
             "webdataset + our decoder": self.webdataset_fast_decoder,
+            **{PEERS[name].label + " + PIL": speed for name, speed in self.peers.items()},
             "decode and resize alone": self.decode_alone,
         }
         lines = [
             f"{self.images} JPEGs of {self.width} x {self.height}, {self.mean_bytes / 1000:.1f} kB each, "
             f"to {self.size}; {self.workers} worker(s), batch {self.batch}; median of {self.repeats}",
-            f"  {'samples a':<26}CPU-second   second   first batch after",
+            f"  {'':<26}{'samples a':>10}{'':>8}{'weft is times':>15}{'':>5}  {'first':<9}memory, MB, after",
+            f"  {'':<26}{'CPU-second':>10}{'second':>8}{'CPU-second':>12}{'second':>8}  {'batch':<9}{'1/10':<9}the end",
         ]
         for name, speed in rows.items():
-            first = f"{speed.first_batch_seconds:.2f} s" if speed.first_batch_seconds is not None else "-"
+            if isinstance(speed, str):
+                lines.append(f"  {name:<26}{speed}")
+                continue
+            first = "-" if speed.first_batch_seconds is None else f"{speed.first_batch_seconds:.2f} s"
+            wall = self.weft.samples_per_second / speed.samples_per_second
             lines.append(
-                f"  {name:<26}{speed.samples_per_cpu_second:>10.0f}{speed.samples_per_second:>9.0f}   {first:>8}"
+                f"  {name:<26}{speed.samples_per_cpu_second:>10.0f}{speed.samples_per_second:>8.0f}"
+                f"{self._times(speed):>12.2f}{wall:>8.2f}  {first:<9}"
+                f"{_megabytes(speed.memory_after_tenth_bytes):<9}{_megabytes(speed.memory_at_end_bytes)}"
             )
+        best = self.times_best_peer
         lines.append(
             f"  weft = {self.times_webdataset:.2f} x webdataset + PIL, "
             f"{self.times_webdataset_fast_decoder:.2f} x webdataset + our decoder, "
-            f"{self.overhead:+.1%} CPU time over decode and resize alone"
+            + (f"{best:.2f} x the best of the other peers, " if best is not None else "")
+            + f"{self.overhead:+.1%} CPU time over decode and resize alone"
+        )
+        lines.append(
+            f"  without workers, from opening the data set to the first batch: {self.first_in_process_seconds:.2f} s"
         )
         return "\n".join(lines)
+
+
+def _megabytes(count: int | None) -> str:
+    return "-" if count is None else f"{count / 1e6:.0f}"
 
 
 def bench_loader(
@@ -144,8 +169,9 @@ def bench_loader(
     workers: int = 2,
     repeats: int = 3,
     seed: int = 0,
+    peers: Sequence[str] = tuple(PEERS),
 ) -> LoaderBench:
-    """Make `images` JPEGs of width x height in a temporary folder and measure the four ways on them.
+    """Make `images` JPEGs of width x height in a temporary folder and measure every way on them, and these peers.
 
     Raises ValueError when a number makes no sense; the data set must hold a batch for every worker.
     """
@@ -160,13 +186,14 @@ def bench_loader(
             f"give {processes * batch} or more, and 0 or more workers"
         )
     steps = max(1, round(SAMPLES / (batch * processes))) * processes  # each worker makes as many batches
-    with tempfile.TemporaryDirectory(prefix="weft-bench-") as name:
+    with tempfile.TemporaryDirectory(prefix="weft-bench-") as name, ExitStack() as running:
         folder = Path(name) / "shards"
         make = partial(photograph, seed=seed, width=width, height=height)
         write_shards(images, make, folder, samples_per_shard=images // processes)
         dataset = open_dataset(folder)
         jpegs = [dataset.read(number).fields["jpg"] for number in range(images)]
         urls = [str(folder / shard.file) for shard in dataset.index.shards[:processes]]
+        held = sum(shard.samples for shard in dataset.index.shards[:processes])
         maker = BatchMaker(dataset, ImageTransform(size), None, seed=seed, training=True)
         order = Order(images, seed)
         ways: dict[str, Callable[[], Iterable[Any]]] = {
@@ -175,17 +202,31 @@ def bench_loader(
             "webdataset_fast_decoder": lambda: _webdataset(urls, partial(_fast, size=size), batch, steps, workers),
             "decode_alone": lambda: _decode_alone(jpegs, size, batch, steps, workers),
         }
-        rounds: dict[str, list[Speed]] = {way: [] for way in ways}
+        others: dict[str, PeerProcess] = {}
+        for peer in peers:
+            own = Path(name) / peer
+            own.mkdir()
+            others[peer] = PeerProcess(peer, Job(urls, held, str(own), size, batch, steps, workers))
+            running.callback(others[peer].close)
+        aside = [process.pid for process in others.values() if process.pid is not None]
+        rounds: dict[str, list[Speed]] = {way: [] for way in (*ways, *peers)}
+        firsts: list[float] = []
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # as in a worker, where this process does the work itself
         try:
             for number in range(repeats + 1):
+                firsts.append(_first_in_process(folder, size, batch, seed))
                 for way, batches in ways.items():
-                    speed = _measure(batches, steps, batch)
-                    if number:
-                        rounds[way].append(speed)
+                    speed = measure(batches, steps, batch, workers, weigh=not number, aside=aside)
+                    rounds[way].append(speed)
+                for peer, process in others.items():
+                    found = process.round(weigh=not number)
+                    if found is not None:
+                        rounds[peer].append(found)
         finally:
             torch.set_num_threads(threads)
+        missing = {peer: process.missing for peer, process in others.items() if process.missing is not None}
+    speeds = {way: _median(found) for way, found in rounds.items() if way not in missing}
     return LoaderBench(
         images=images,
         width=width,
@@ -197,38 +238,32 @@ def bench_loader(
         repeats=repeats,
         seed=seed,
         samples=steps * batch,
-        **{way: _median(speeds) for way, speeds in rounds.items()},
+        first_in_process_seconds=median(firsts[1:]),
+        **{way: speeds[way] for way in ways},
+        peers={peer: missing[peer] if peer in missing else speeds[peer] for peer in peers},
     )
 
 
-def _measure(batches: Callable[[], Iterable[Any]], steps: int, batch: int) -> Speed:
-    """Run one way from the start of its workers to their end."""
-    started, cpu = time.perf_counter(), _cpu_seconds()
-    first = None
-    counted = 0
-    for made in batches():
-        if first is None and made is not None:
-            first = time.perf_counter() - started
-        counted += 1
-    seconds, cpu = time.perf_counter() - started, _cpu_seconds() - cpu
-    if counted != steps:
-        raise RuntimeError(f"{counted} batches came instead of {steps}: what was measured is not what was asked for")
-    return Speed(steps * batch / cpu, steps * batch / seconds, first)
+def _first_in_process(folder: Path, size: int, batch: int, seed: int) -> float:
+    """Seconds from opening the data set to the first batch, without workers."""
+    started = time.perf_counter()
+    maker = BatchMaker(open_dataset(folder), ImageTransform(size), None, seed=seed, training=True)
+    for _ in Loader(maker, Order(len(maker.dataset), seed), global_batch=batch, stop_step=1):
+        pass
+    return time.perf_counter() - started
 
 
-def _median(speeds: list[Speed]) -> Speed:
-    firsts = [speed.first_batch_seconds for speed in speeds if speed.first_batch_seconds is not None]
+def _median(rounds: list[Speed]) -> Speed:
+    """Of the rounds after the first, which is warm-up and gives the memory."""
+    warm = rounds[1:]
+    firsts = [speed.first_batch_seconds for speed in warm if speed.first_batch_seconds is not None]
     return Speed(
-        median(speed.samples_per_cpu_second for speed in speeds),
-        median(speed.samples_per_second for speed in speeds),
+        median(speed.samples_per_cpu_second for speed in warm),
+        median(speed.samples_per_second for speed in warm),
         median(firsts) if firsts else None,
+        rounds[0].memory_after_tenth_bytes,
+        rounds[0].memory_at_end_bytes,
     )
-
-
-def _cpu_seconds() -> float:
-    """CPU time of this process and of its children that have ended."""
-    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def _webdataset(
@@ -252,14 +287,8 @@ def _stack(samples: list[tuple[torch.Tensor]]) -> torch.Tensor:
 
 
 def _naive(jpeg: bytes, size: int) -> torch.Tensor:
-    """float32 [3, size, size]: short side to `size` by antialiased bicubic, centre square, normalised."""
-    image = Image.open(io.BytesIO(jpeg)).convert("RGB")
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    pixels_HWC = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32) / 255
-    pixels_HWC = (pixels_HWC - MEAN) / STD
-    return torch.from_numpy(pixels_HWC).permute(2, 0, 1).contiguous()
+    """float32 [3, size, size]: what most pipelines make of an image."""
+    return pil_pixels(Image.open(io.BytesIO(jpeg)), size)
 
 
 def _fast(jpeg: bytes, size: int) -> torch.Tensor:

@@ -197,7 +197,7 @@ def bench_data(
     ray: Annotated[bool, typer.Option("--ray", help="The loader on Ray against the one in process instead.")] = False,
     json_: Json = False,
 ) -> None:
-    """The loader against plain webdataset with PIL, in one run on the same shards."""
+    """The loader against webdataset, and the loaders of others that are installed, in one run on the same shards."""
     if ray:
         from data_pipeline.bench_ray import bench_ray
 
