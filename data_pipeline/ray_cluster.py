@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import shutil
 import socket
 import tempfile
+import time
 from typing import Any
 
 import ray
@@ -21,6 +23,7 @@ import ray
 from data_pipeline.errors import DataError
 
 NAMESPACE = "weft"
+LAST_WORDS = 20.0  # seconds that Ray's processes may still write into their folder
 _folders: list[str] = []  # of a Ray that this process has started
 
 
@@ -54,8 +57,13 @@ def connect(address: str, processors: int = 2, store_bytes: int | None = None) -
 def disconnect() -> None:
     """Leave Ray; one that this process has started ends, and nothing of it stays."""
     ray.shutdown()
+    ends = time.monotonic() + LAST_WORDS
     while _folders:
-        shutil.rmtree(_folders.pop(), ignore_errors=True)
+        shutil.rmtree(_folders[-1], ignore_errors=True)
+        if not os.path.exists(_folders[-1]) or time.monotonic() > ends:
+            _folders.pop()
+        else:
+            time.sleep(0.1)
 
 
 def _refuse_nobody(host: str, port: int) -> None:

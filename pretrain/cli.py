@@ -199,12 +199,12 @@ def bench_data(
 ) -> None:
     """The loader against webdataset, and the loaders of others that are installed, in one run on the same shards."""
     if ray:
-        from data_pipeline.bench_ray import bench_ray
+        from data_pipeline.bench.on_ray import bench_ray
 
         measured = bench_ray()
         print(json.dumps(measured.as_dict()) if json_ else str(measured))
         return
-    from data_pipeline.bench import bench_loader
+    from data_pipeline.bench.loader import bench_loader
 
     result = bench_loader()
     print(json.dumps(result.as_dict()) if json_ else str(result))

@@ -21,9 +21,12 @@ import torch
 from PIL import Image
 from private_network import in_private_network
 
-from data_pipeline import bench, bench_peers
-from data_pipeline.bench import bench_loader
-from data_pipeline.bench_peers import PEERS, Job, PeerProcess, Speed, measure
+from data_pipeline.bench import loader as bench
+from data_pipeline.bench import measure as bench_measure
+from data_pipeline.bench import peers as bench_peers
+from data_pipeline.bench.loader import bench_loader
+from data_pipeline.bench.measure import Speed, measure
+from data_pipeline.bench.peers import PEERS, Job, PeerProcess
 from data_pipeline.decode import decode_image
 from data_pipeline.shards import write_shards
 from data_pipeline.transforms import ImageTransform
@@ -87,12 +90,12 @@ def test_children_are_counted_unless_they_stand_aside() -> None:
     ) as child:
         assert child.stdout is not None
         child.stdout.readline()  # it has worked, and holds its memory
-        without = bench_peers._resident_bytes([child.pid])
-        assert bench_peers._resident_bytes([]) > without + 150e6
+        without = bench_measure.resident_bytes([child.pid])
+        assert bench_measure.resident_bytes([]) > without + 150e6
         spent = sum(psutil.Process(child.pid).cpu_times()[:2])
         assert spent > 0
-        assert bench_peers._cpu_seconds(live=True)[psutil.Process(child.pid)] >= spent
-        assert set(bench_peers._cpu_seconds(live=False)) == {psutil.Process()}
+        assert bench_measure.cpu_seconds(live=True)[psutil.Process(child.pid)] >= spent
+        assert set(bench_measure.cpu_seconds(live=False)) == {psutil.Process()}
         child.communicate(b"\n")
 
 
@@ -218,7 +221,7 @@ def test_the_ways_make_the_same_image() -> None:
     naive = bench._naive(jpeg, 48)
     assert naive.shape == (3, 48, 48)
     assert naive.dtype == torch.float32
-    restored = (naive.permute(1, 2, 0).numpy() * bench_peers.STD + bench_peers.MEAN) * 255
+    restored = (naive.permute(1, 2, 0).numpy() * bench_measure.STD + bench_measure.MEAN) * 255
     assert np.abs(restored - ours.permute(1, 2, 0).numpy()).mean() < 6  # bicubic is sharper than bilinear
     assert Image.fromarray(restored.clip(0, 255).astype(np.uint8)).size == (48, 48)
 

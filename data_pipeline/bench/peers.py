@@ -1,10 +1,8 @@
-"""The loaders that others use, at the same work as ours: each in a process of its own that `bench.py` asks for rounds.
+"""The loaders that others use, at the same work as ours: each in a process of its own that `loader.py` asks for rounds.
 
     mosaicml-streaming    an MDS copy of the samples, StreamingDataset and StreamingDataLoader
     megatron-energon      the shards with its index beside them, get_train_dataset as in its quickstart, and get_loader
     Ray Data              read_webdataset on the shards, map and iter_torch_batches, on a Ray of its own
-
-and what every measurement is made of: `measure`, and the image work that most pipelines do, `pil_pixels`.
 
 Design choices:
 - What is not said here is left at the peer's own default. Every peer decodes with PIL, and makes of the PIL image what
@@ -23,12 +21,10 @@ import gc
 import io
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
@@ -36,30 +32,14 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import psutil
 import torch
 from PIL import Image
 
-# CLIP's per-channel mean and standard deviation (Radford et al. 2021, github.com/openai/CLIP)
-MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
-STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
+from data_pipeline.bench.measure import Speed, measure, pil_pixels
 
-PREFETCH = 2  # batches a worker of torch's DataLoader is ahead; with fewer to go, the first workers may end
 GRACE = 60.0  # seconds for a peer to end: longer than a round that nobody waits for any more
-START = "from data_pipeline.bench_peers import serve; serve()"
+START = "from data_pipeline.bench.peers import serve; serve()"
 SHUFFLE = 100  # energon's two sizes without a default, as in its quickstart
-
-
-@dataclass(frozen=True)
-class Speed:
-    """One round, or the medians of several. Memory: resident, of the process and all below it, shared pages split."""
-
-    samples_per_cpu_second: float  # CPU time of the process and its workers
-    samples_per_second: float
-    first_batch_seconds: float | None  # None for the bare loop, which makes no batches
-    memory_after_tenth_bytes: int | None = None  # of the round; None where it was not looked at
-    memory_at_end_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -78,85 +58,6 @@ class Job:
     def samples(self) -> int:
         """In a round."""
         return self.steps * self.batch
-
-
-def measure(
-    batches: Callable[[], Iterable[Any]],
-    steps: int,
-    batch: int,
-    workers: int,
-    *,
-    live: bool = False,
-    weigh: bool = False,
-    aside: Collection[int] = (),
-) -> Speed:
-    """Run one way from the start of its workers to their end.
-
-    live: count processes that go on afterwards, too; weigh: look at memory, which takes a little time; aside: children
-    that are not of this way. Raises RuntimeError when there are not `steps` batches.
-    """
-    started, before = time.perf_counter(), _cpu_seconds(live)
-    first = None
-    counted = 0
-    early = max(1, steps // 10)
-    late = max(early, steps - PREFETCH * workers)
-    memory: dict[int, int] = {}
-    for made in batches():
-        if first is None and made is not None:
-            first = time.perf_counter() - started
-        counted += 1
-        if weigh and made is not None and counted in (early, late):
-            memory[counted] = _resident_bytes(aside)
-    seconds, after = time.perf_counter() - started, _cpu_seconds(live)
-    cpu = sum(spent - before.get(process, 0.0) for process, spent in after.items())
-    if counted != steps:
-        raise RuntimeError(f"{counted} batches came instead of {steps}: what was measured is not what was asked for")
-    return Speed(steps * batch / cpu, steps * batch / seconds, first, memory.get(early), memory.get(late))
-
-
-def _cpu_seconds(live: bool) -> dict[psutil.Process, float]:
-    """CPU time of this process and of its children that have ended; `live`: and of each below it that runs.
-
-    What a grandchild spent that ended meanwhile may be lost (Ray's workers), which flatters who has such.
-    """
-    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    found = {psutil.Process(): sum(usage.ru_utime + usage.ru_stime for usage in usages)}
-    for process in _below() if live else []:
-        with suppress(psutil.NoSuchProcess):
-            found[process] = sum(process.cpu_times()[:2])
-    return found
-
-
-def _resident_bytes(aside: Collection[int]) -> int:
-    """Resident memory of this process and all below it; a page that several hold counts once (Linux)."""
-    found = 0
-    for process in [psutil.Process(), *_below(aside)]:
-        try:
-            memory = process.memory_full_info()
-        except psutil.Error:
-            continue  # gone meanwhile
-        found += getattr(memory, "pss", memory.rss)
-    return found
-
-
-def _below(aside: Collection[int] = ()) -> list[psutil.Process]:
-    """The children of this process without those aside, their children, and so on."""
-    found = [child for child in psutil.Process().children() if child.pid not in aside]
-    for child in list(found):
-        with suppress(psutil.NoSuchProcess):
-            found += child.children(recursive=True)
-    return found
-
-
-def pil_pixels(image: Image.Image, size: int) -> torch.Tensor:
-    """float32 [3, size, size]: short side to `size` by antialiased bicubic, centre square, normalised."""
-    image = image.convert("RGB")
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    pixels_HWC = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32) / 255
-    pixels_HWC = (pixels_HWC - MEAN) / STD
-    return torch.from_numpy(pixels_HWC).permute(2, 0, 1).contiguous()
 
 
 def _load_mosaicml() -> None:
@@ -248,8 +149,6 @@ def _load_ray() -> None:
 @contextmanager
 def _own_ray(job: Job) -> Iterator[None]:
     """A Ray of this process, with as many processors as the others have workers, whose workers have started."""
-    import ray
-
     from data_pipeline.ray_cluster import connect, disconnect
 
     connect("local", processors=max(1, job.workers))
@@ -258,9 +157,6 @@ def _own_ray(job: Job) -> Iterator[None]:
             pass
         yield
     finally:
-        started = _below()
-        ray.shutdown()
-        psutil.wait_procs(started, timeout=GRACE / 3)  # one that still writes would keep Ray's folder from going
         disconnect()
 
 

@@ -5,7 +5,7 @@ Ways to make the same batches of size x size RGB images from the same temporary 
     weft                       our Loader: uint8 out
     webdataset                 webdataset + PIL + float arithmetic in the workers, the pipeline most people write
     webdataset_fast_decoder    webdataset with our decoder and resize, uint8 out: what is left is the loader itself
-    the loaders of others      mosaicml-streaming, megatron-energon, Ray Data, where they are installed: bench_peers.py
+    the loaders of others      mosaicml-streaming, megatron-energon, Ray Data, where they are installed: peers.py
     decode_alone               decode and resize in a bare loop over bytes in memory: the floor
 
 Design choices:
@@ -44,7 +44,8 @@ from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader
 
 from data_pipeline.batch import BatchMaker
-from data_pipeline.bench_peers import PEERS, Job, PeerProcess, Speed, measure, pil_pixels
+from data_pipeline.bench.measure import Speed, measure, pil_pixels
+from data_pipeline.bench.peers import PEERS, Job, PeerProcess
 from data_pipeline.loader import Loader
 from data_pipeline.order import Order
 from data_pipeline.reader import open_dataset
@@ -76,7 +77,7 @@ class LoaderBench:
     webdataset: Speed
     webdataset_fast_decoder: Speed
     decode_alone: Speed
-    peers: dict[str, Speed | str]  # by the names of bench_peers.PEERS; a str says why there is no speed
+    peers: dict[str, Speed | str]  # by the names of peers.PEERS; a str says why there is no speed
 
     @property
     def times_webdataset(self) -> float:

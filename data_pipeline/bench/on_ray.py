@@ -1,6 +1,6 @@
 """`weft bench data --ray`: the Ray loader beside the one in process, same data, as many decoders as workers.
 
-Both make the same batches of the images of bench.py. The clock runs from the first batch to the last, so that neither
+Both make the same batches of the images of loader.py. The clock runs from the first batch to the last, so that neither
 the start of workers nor of Ray counts; the ways take turns, and medians over the rounds are given. What Ray's own
 processes take of the machine is in the wall time, which on a machine with as many decoders as cores is the point.
 """
@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 from data_pipeline.batch import Batch, BatchMaker
-from data_pipeline.bench import photograph
+from data_pipeline.bench.loader import photograph
 from data_pipeline.loader import Loader
 from data_pipeline.order import Order
 from data_pipeline.ray_cluster import connect, disconnect

@@ -1,0 +1,1 @@
+"""Measures the loader against the loaders of others, against decoding alone, and on Ray: `weft bench data`."""
