@@ -7,7 +7,7 @@ Ground floor: imports nothing of ours outside itself. Importers and the scene wo
 
 from data_pipeline.batch import Batch, BatchMaker, Corrupt, Share
 from data_pipeline.block_order import BlockOrder
-from data_pipeline.buckets import BucketOrder, bucket_sizes, read_aspects
+from data_pipeline.buckets import BucketOrder, bucket_sizes
 from data_pipeline.decode import decode_image
 from data_pipeline.errors import DataError
 from data_pipeline.index import Index, ShardEntry, build_index, load_index
@@ -52,7 +52,6 @@ __all__ = [
     "decode_image",
     "load_index",
     "open_dataset",
-    "read_aspects",
     "read_order",
     "sample_generator",
     "sequential_batches",

@@ -1,7 +1,6 @@
 """Pictures that keep their shape: batches of one height and width each, chosen by what the pictures are.
 
-    aspects = read_aspects(dataset)                                  # one pass over the headers; keep it (np.save)
-    order = BucketOrder(aspects, bucket_sizes(224, patch=16), global_batch=256, seed=0)
+    order = BucketOrder(dataset.aspects(), bucket_sizes(224, patch=16), global_batch=256, seed=0)
     Loader(maker, order, global_batch=256, stop_step=1000)            # batch.image is [b, 3, H, W], another H, W a step
 
 Buckets are sizes in whole patches with at most the pixels of the square; a picture belongs to the one nearest in aspect
@@ -21,23 +20,16 @@ budget of tokens (Dehghani et al. 2023, "Patch n' Pack: NaViT"). That needs atte
 
 from __future__ import annotations
 
-import io
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from PIL import Image
 
-from data_pipeline.errors import DataError
-from data_pipeline.joined import Joined
 from data_pipeline.mixture import PERIOD, Mixture, Phase
 from data_pipeline.order import Order
-from data_pipeline.reader import Dataset
 
 LEAST_SHARE = 1 / 256
-ORIENTATION, ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # EXIF: width and height are to be exchanged
 
 Size = tuple[int, int]  # height, width
 
@@ -56,31 +48,6 @@ def bucket_sizes(size: int, patch: int, most: float = 2.0) -> list[Size]:
     tall = {(tokens // columns, columns) for columns in range(1, size // patch + 1)}
     kept = {sides for sides in tall if sides[0] <= most * sides[1]}
     return sorted((patch * rows, patch * columns) for rows, columns in kept | {(b, a) for a, b in kept})
-
-
-def read_aspects(dataset: Dataset | Joined) -> np.ndarray:
-    """float32 [samples]: width / height of each sample's picture, upright, from its header; nan where there is none."""
-    aspects = np.full(len(dataset), np.nan, np.float32)
-    for sample in range(len(dataset)):
-        try:
-            read = dataset.read(sample)
-        except DataError:  # the loader will name it
-            continue
-        if read.image_field is not None:
-            aspects[sample] = _aspect(read.fields[read.image_field])
-    return aspects
-
-
-def _aspect(data: bytes) -> float:
-    """Width / height of a picture; nan when its header cannot be read."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of sizes and odd EXIF, for which the loader has sentences
-            image = Image.open(io.BytesIO(data), formats=["JPEG", "PNG", "WEBP"])
-            aspect = image.width / image.height
-            return 1 / aspect if image.getexif().get(ORIENTATION) in ON_ITS_SIDE else aspect
-    except Exception:  # hostile bytes raise nearly anything in Pillow
-        return float("nan")
 
 
 def assign(aspects: np.ndarray, sizes: Sequence[Size]) -> np.ndarray:

@@ -23,6 +23,7 @@ import numpy as np
 from data_pipeline.decode import decode_image
 from data_pipeline.errors import DataError
 from data_pipeline.index import (
+    ARRAYS,
     INDEX_FILE,
     Index,
     ShardEntry,
@@ -177,8 +178,7 @@ def _check_against_entry(path: Path, entry: ShardEntry) -> list[Problem]:
     except DataError:  # a bad tar is told byte by byte elsewhere
         return []
     if stored.field_names == fresh.field_names and all(
-        np.array_equal(getattr(stored, name), getattr(fresh, name))
-        for name in ("first", "offset", "size", "field", "key_end", "keys")
+        np.array_equal(getattr(stored, name), getattr(fresh, name), equal_nan=name == "aspect") for name in ARRAYS
     ):
         return []
     reason = f"{table_path(path).name} has other places than the tar: delete {INDEX_FILE} to have both made anew"

@@ -11,6 +11,7 @@ Design choices:
 from __future__ import annotations
 
 import io
+import math
 import warnings
 
 import numpy as np
@@ -18,9 +19,10 @@ import simplejpeg
 from PIL import Image, ImageOps
 
 from data_pipeline.errors import DataError
-from data_pipeline.exif import jpeg_orientation
+from data_pipeline.exif import ORIENTATION, jpeg_orientation
 
 MAX_PIXELS = 64e6
+ON_ITS_SIDE = (5, 6, 7, 8)  # EXIF orientations in which width and height are to be exchanged
 
 # EXIF orientation -> the image upright (Exif 2.32, tag 0x0112, "Orientation")
 _UPRIGHT = {
@@ -46,6 +48,23 @@ def decode_image(data: bytes, *, max_pixels: float = MAX_PIXELS) -> np.ndarray:
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return _decode_with_pillow(data, "WEBP", max_pixels)
     raise DataError(f"not a JPEG, PNG or WebP image ({len(data)} bytes that start with {data[:8]!r})")
+
+
+def image_aspect(data: bytes) -> float:
+    """Width / height of an image, upright, by its header; nan when that cannot be read."""
+    try:
+        if data[:2] == b"\xff\xd8":
+            height, width, *_ = simplejpeg.decode_jpeg_header(data)
+            turned = jpeg_orientation(data) in ON_ITS_SIDE
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                image = Image.open(io.BytesIO(data), formats=["PNG", "WEBP"])
+                width, height = image.size
+                turned = image.getexif().get(ORIENTATION) in ON_ITS_SIDE
+    except Exception:  # hostile bytes raise nearly anything in Pillow
+        return math.nan
+    return height / width if turned else width / height
 
 
 def _decode_jpeg(data: bytes, max_pixels: float) -> np.ndarray:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 import os
 import zlib
@@ -22,20 +23,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 
+from data_pipeline.decode import image_aspect
 from data_pipeline.errors import DataError
 from data_pipeline.parallel import run_jobs
-from data_pipeline.sample import modalities_of
+from data_pipeline.sample import IMAGE_EXTENSIONS, find_field, modalities_of
 from data_pipeline.tar import open_members, split_name
 
 INDEX_FILE = "index.json"
 FORMAT = "weft-index"
 VERSION = 1
+ARRAYS = ("first", "offset", "size", "field", "crc", "aspect", "key_end", "keys")  # of a table, as they are stored
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,7 @@ class ShardTable:
     size: np.ndarray  # int64 [fields]: bytes
     field: np.ndarray  # int32 [fields]: into field_names
     crc: np.ndarray  # uint32 [fields]: CRC-32 of the bytes
+    aspect: np.ndarray  # float32 [samples]: width / height of the picture, upright; nan: none, or damaged
     key_end: np.ndarray  # int64 [samples]: where each key ends in `keys`
     keys: np.ndarray  # uint8 [bytes of all keys]: UTF-8, one after another
     field_names: tuple[str, ...]
@@ -190,6 +195,7 @@ def index_shard(path: Path) -> ShardEntry:
             size=table.size,
             field=table.field,
             crc=table.crc,
+            aspect=table.aspect,
             key_end=table.key_end,
             keys=table.keys,
             field_names=np.frombuffer(json.dumps(table.field_names).encode(), np.uint8),
@@ -224,12 +230,15 @@ def read_table(path: Path) -> ShardTable:
         sizes.append(member.size)
         fields.append(numbers.setdefault(field, len(numbers)))
     encoded = [key.encode("utf-8", "surrogatepass") for key in keys]
+    pictures = _pictures(first, fields, tuple(numbers))
+    checksums, aspects = _look(path, offsets, sizes, pictures)
     return ShardTable(
         first=np.array(first, np.int64),
         offset=np.array(offsets, np.int64),
         size=np.array(sizes, np.int64),
         field=np.array(fields, np.int32),
-        crc=np.array(_checksums(path, offsets, sizes), np.uint32),
+        crc=np.array(checksums, np.uint32),
+        aspect=np.array(aspects, np.float32),
         key_end=np.cumsum([len(key) for key in encoded], dtype=np.int64),
         keys=np.frombuffer(b"".join(encoded), np.uint8),
         field_names=tuple(numbers),
@@ -241,11 +250,11 @@ def load_table(path: Path, entry: ShardEntry) -> ShardTable:
     stored = table_path(path)
     try:
         with np.load(stored, allow_pickle=False) as arrays:
-            if "crc" not in arrays:
+            if not {"crc", "aspect"} <= set(arrays):
                 raise DataError(f"{stored} was made by an earlier version, without checksums: {_rebuild(path.parent)}")
             checksum = arrays["checksum"].tobytes().decode()
             table = ShardTable(
-                **{name: arrays[name] for name in ("first", "offset", "size", "field", "crc", "key_end", "keys")},
+                **{name: arrays[name] for name in ARRAYS},
                 field_names=tuple(json.loads(arrays["field_names"].tobytes())),
             )
     except FileNotFoundError as error:
@@ -259,9 +268,32 @@ def load_table(path: Path, entry: ShardEntry) -> ShardTable:
     return table
 
 
-def _checksums(path: Path, offsets: list[int], sizes: list[int]) -> list[int]:
+def _pictures(first: list[int], fields: list[int], names: tuple[str, ...]) -> list[int | None]:
+    """Of each sample, which of all fields is its picture; None where it has none."""
+    chosen: dict[tuple[int, ...], int | None] = {}  # fields of a sample, by number -> place among them
+    pictures: list[int | None] = []
+    for start, end in pairwise(first):
+        of_sample = tuple(fields[start:end])
+        if of_sample not in chosen:
+            own = [names[number] for number in of_sample]
+            picture = find_field(own, IMAGE_EXTENSIONS)
+            chosen[of_sample] = None if picture is None else own.index(picture)
+        place = chosen[of_sample]
+        pictures.append(None if place is None else start + place)
+    return pictures
+
+
+def _look(
+    path: Path, offsets: list[int], sizes: list[int], pictures: list[int | None]
+) -> tuple[list[int], list[float]]:
+    """(checksum of each field, aspect of each picture) in the tar at `path`."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
-        return [zlib.crc32(buffer[at : at + size]) for at, size in zip(offsets, sizes, strict=True)]
+
+        def field(number: int) -> bytes:
+            return buffer[offsets[number] : offsets[number] + sizes[number]]
+
+        checksums = [zlib.crc32(field(number)) for number in range(len(offsets))]
+        return checksums, [math.nan if number is None else image_aspect(field(number)) for number in pictures]
 
 
 def shares_by_shard(index: Index, ranks: int, workers: int) -> list[list[int]]:

@@ -7,6 +7,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 
+import numpy as np
+
 from data_pipeline.reader import Dataset
 from data_pipeline.sample import Sample
 
@@ -57,6 +59,10 @@ class Joined:
         """The ids of samples that may stand for this one when it cannot be used: all of its part."""
         number, _ = self.part(sample)
         return range(self._first[number], self._first[number + 1])
+
+    def aspects(self) -> np.ndarray:
+        """float32 [samples]: as Dataset.aspects."""
+        return np.concatenate([part.aspects() for part in self.parts])
 
     def close(self) -> None:
         """Close every file; the next read opens what it needs."""

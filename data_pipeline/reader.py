@@ -9,6 +9,7 @@ Design choices:
 
 from __future__ import annotations
 
+import math
 import zlib
 from bisect import bisect_right
 from itertools import accumulate
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.decode import image_aspect
 from data_pipeline.errors import DamagedSampleError, DataError
 from data_pipeline.files import LocalFiles
 from data_pipeline.index import Index, ShardTable, load_index
@@ -118,6 +120,23 @@ class Dataset:
                 f"{self.folder}/{file} is damaged: bytes {at} to {at + size - 1}, its {name!r}, changed since indexed",
             )
         return Sample(key, {name: data[at - start : at - start + size] for name, at, size in places})
+
+    def aspects(self) -> np.ndarray:
+        """float32 [samples]: width / height of each sample's picture, upright; nan where there is none that is whole.
+
+        From the tables of offsets, which are not kept. Parquet has none: there every picture is read.
+        """
+        if isinstance(self.files, ParquetFiles):
+            return np.array([self._aspect_of(sample) for sample in range(len(self))], np.float32)
+        found = [self.files.table(shard).aspect for shard in self.index.shards]
+        return np.concatenate(found).astype(np.float32)
+
+    def _aspect_of(self, sample: int) -> float:
+        try:
+            read = self.read(sample)
+        except DamagedSampleError:  # the loader will name it
+            return math.nan
+        return math.nan if read.image_field is None else image_aspect(read.fields[read.image_field])
 
     def close(self) -> None:
         """Close every file; the next read opens what it needs."""

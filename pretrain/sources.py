@@ -19,7 +19,6 @@ from data_pipeline import (
     ReadingOrder,
     bucket_sizes,
     open_dataset,
-    read_aspects,
 )
 from data_pipeline.index import written_whole
 from pretrain.config import Recipe
@@ -65,14 +64,14 @@ def reading_order(recipe: Recipe, dataset: Dataset | Joined, aspects: np.ndarray
 def picture_aspects(recipe: Recipe, dataset: Dataset | Joined, ranks: Ranks) -> np.ndarray | None:
     """Width / height of every picture, float32 [samples], where data.aspect asks for them; every rank calls this.
 
-    The first rank reads all headers once and keeps what they say in the run's folder.
+    The first rank collects them once, and keeps them in the run's folder.
     """
     if recipe.data.aspect == 1:
         return None
     path = recipe.run.dir / f"aspects-{dataset.fingerprint[:12]}.npy"
     if ranks.is_first and not path.is_file():
         with written_whole(path) as unfinished, unfinished.open("wb") as file:
-            np.save(file, read_aspects(dataset))
+            np.save(file, dataset.aspects())
     dist.barrier(group=ranks.control_group)
     aspects: np.ndarray = np.load(path, allow_pickle=False)
     return aspects

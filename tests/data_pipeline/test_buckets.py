@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
+import shutil
 from collections import Counter
 from typing import Any
 
@@ -13,7 +15,9 @@ import torch
 from PIL import Image
 
 from data_pipeline.batch import BatchMaker
-from data_pipeline.buckets import BucketOrder, assign, bucket_sizes, read_aspects
+from data_pipeline.buckets import BucketOrder, assign, bucket_sizes
+from data_pipeline.decode import decode_image, image_aspect
+from data_pipeline.joined import Joined
 from data_pipeline.loader import HELD, PREFETCH, Loader
 from data_pipeline.order import Order
 from data_pipeline.reader import Dataset, open_dataset
@@ -53,7 +57,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 @pytest.fixture(scope="module")
 def order(dataset: Dataset) -> BucketOrder:
-    return BucketOrder(read_aspects(dataset), SIZES, BATCH, seed=2)
+    return BucketOrder(dataset.aspects(), SIZES, BATCH, seed=2)
 
 
 def made_up(samples: int = 5000) -> np.ndarray:
@@ -92,14 +96,38 @@ def test_each_picture_goes_to_the_nearest() -> None:
 
 
 def test_aspects_are_read_from_headers_upright(dataset: Dataset, tmp_path: Any) -> None:
-    aspects = read_aspects(dataset)
+    aspects = dataset.aspects()
     assert np.isnan(aspects[NO_PICTURE])
     expected = [SHAPES[number % 3][0] / SHAPES[number % 3][1] for number in range(SAMPLES)]
     seen = np.arange(SAMPLES) != NO_PICTURE
     np.testing.assert_allclose(aspects[seen], np.array(expected)[seen], rtol=1e-6)
     odd = [picture(0, turned=True), b"no picture", picture(0)[:20], picture(1)]
     write_shards(4, lambda number: Sample(f"s{number}", {"png": odd[number]}), tmp_path / "odd", processes=0)
-    np.testing.assert_allclose(read_aspects(open_dataset(tmp_path / "odd")), [0.5, np.nan, np.nan, 1])
+    np.testing.assert_allclose(open_dataset(tmp_path / "odd").aspects(), [0.5, np.nan, np.nan, 1])
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("turned", range(1, 9))
+def test_the_aspect_is_that_of_the_decoded_picture(kind: str, turned: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = turned
+    file = io.BytesIO()
+    Image.new("RGB", (37, 20), "red").save(file, kind, exif=exif)
+    height, width, _ = decode_image(file.getvalue()).shape
+    assert image_aspect(file.getvalue()) == width / height
+
+
+def test_aspects_are_those_of_the_index(dataset: Dataset, tmp_path: Any) -> None:
+    """No shard is read for them; several data sets have them one after the other."""
+    folder = tmp_path / "copy"
+    shutil.copytree(dataset.folder, folder)
+    for path in folder.glob("*.tar"):
+        os.truncate(path, 0)
+        os.truncate(path, next(shard.bytes for shard in dataset.index.shards if shard.file == path.name))
+    copy = open_dataset(folder)
+    np.testing.assert_array_equal(copy.aspects(), dataset.aspects())
+    joined = Joined([copy, dataset]).aspects()
+    np.testing.assert_array_equal(joined, np.tile(dataset.aspects(), 2))
 
 
 # --- the order

@@ -76,7 +76,7 @@ def test_the_same_recipe_goes_on_from_the_newest(tmp_path: Path) -> None:
     ("changed", "key", "before", "after"),
     [
         ("run.seed=1", "run.seed", "0", "1"),
-        ("train.lr=0.002", "train.lr", "0.001", "0.002"),
+        ("train.lr=0.002", "train.lr", "0.0007", "0.002"),
         ("train.steps=700", "train.steps", "900", "700"),
         ("train.global_batch=32", "train.global_batch", "64", "32"),
         ("train.precision=bf16", "train.precision", "fp32", "bf16"),
