@@ -170,6 +170,7 @@ def test_every_row_is_the_sample_that_went_in(written: dict[str, Path], form: st
         assert {**mine.fields, "json": b""} == {**theirs.fields, "json": b""}
     assert dataset.folder == written[form]
     assert dataset.alike(3) == range(SAMPLES)
+    np.testing.assert_array_equal(dataset.aspects(), tars.aspects())
 
 
 def test_where_a_row_is(written: dict[str, Path]) -> None:
