@@ -170,12 +170,36 @@ def connected(on: str | None, processes: int | None = None) -> Iterator[None]:
 def _on_ray(
     function: Callable[..., Result], jobs: Sequence[Job], most: int | None, on: str, needs: Sequence[Path]
 ) -> Iterator[Iterator[tuple[int, Result]]]:
-    with connected(on, most):
+    with connected(on, most), _interrupts_noted() as raise_noted:
         running: dict[Any, int] = {}  # answer that is waited for -> job
         try:
-            yield _answers(function, jobs, most, on, needs, running)
+            yield _answers(function, jobs, most, on, needs, running, raise_noted)
         finally:
             _interrupt(list(running))
+
+
+@contextmanager
+def _interrupts_noted() -> Iterator[Callable[[], None]]:
+    """Within, a Ctrl-C is noted, and raised when the function that is given is called, or at the end.
+
+    Raised inside of Ray, where it may come at any moment, it is now and then lost, or ends this process on the spot.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only there are signals handled
+        yield lambda: None
+        return
+    noted: list[int] = []
+
+    def raise_noted() -> None:
+        if noted:
+            noted.clear()
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, lambda number, _: noted.append(number))
+    try:
+        yield raise_noted
+    finally:
+        signal.signal(signal.SIGINT, before)
+    raise_noted()
 
 
 def _answers(
@@ -185,6 +209,7 @@ def _answers(
     on: str,
     needs: Sequence[Path],
     running: dict[Any, int],
+    raise_noted: Callable[[], None],
 ) -> Iterator[tuple[int, Result]]:
     """As many jobs at a time as the cluster has processors for, however many that are at the moment."""
     import ray
@@ -197,13 +222,14 @@ def _answers(
     failures: Counter[int] = Counter()
     room, looked, had_room = 0, -LOOK, time.monotonic()
     while waiting or running:
+        raise_noted()
         now = time.monotonic()
         if now - looked >= LOOK:
             room, looked = AHEAD * int(ray.cluster_resources().get("CPU", 0)), now
             had_room = now if room else had_room
         if now - had_room > START:
             raise DataError(f"the Ray at {on} has had no processor for {START:.0f} s: add a node to it")
-        while waiting and len(running) < min(room, max(1, most or room)):
+        while waiting and len(running) < min(room, max(1, room if most is None else most)):
             number = waiting.popleft()
             running[task.remote(source, jobs[number])] = number
         if not running:
@@ -264,7 +290,7 @@ class _Source:
         import ray
 
         for place in self.needs:
-            if not os.path.exists(place) or (os.path.isdir(place) and not any(os.scandir(place))):
+            if not os.path.exists(place) or (os.path.isdir(place) and not os.listdir(place)):
                 node = ray.util.get_node_ip_address()
                 raise DataError(
                     f"the node {node} of the Ray at {self.on} does not see {place}: what is read and what is written "
