@@ -40,6 +40,9 @@ class BlockOrder:
         Order(self.samples, self.seed)
         if self.block < 1 or self.window < 1:
             raise ValueError(f"blocks of {self.block} samples, {self.window} at a time: give 1 or more of each")
+        # more is the same, and would be walked over
+        object.__setattr__(self, "block", min(self.block, self.samples))
+        object.__setattr__(self, "window", min(self.window, self.blocks))
 
     @property
     def blocks(self) -> int:

@@ -178,7 +178,9 @@ def _check_against_entry(path: Path, entry: ShardEntry) -> list[Problem]:
     except DataError:  # a bad tar is told byte by byte elsewhere
         return []
     if stored.field_names == fresh.field_names and all(
-        np.array_equal(getattr(stored, name), getattr(fresh, name), equal_nan=name == "aspect") for name in ARRAYS
+        np.array_equal(getattr(stored, name), getattr(fresh, name), equal_nan=name == "aspect")
+        for name in ARRAYS
+        if getattr(stored, name) is not None
     ):
         return []
     reason = f"{table_path(path).name} has other places than the tar: delete {INDEX_FILE} to have both made anew"

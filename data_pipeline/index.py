@@ -108,10 +108,11 @@ class ShardTable:
     size: np.ndarray  # int64 [fields]: bytes
     field: np.ndarray  # int32 [fields]: into field_names
     crc: np.ndarray  # uint32 [fields]: CRC-32 of the bytes
-    aspect: np.ndarray  # float32 [samples]: width / height of the picture, upright; nan: none, or damaged
     key_end: np.ndarray  # int64 [samples]: where each key ends in `keys`
     keys: np.ndarray  # uint8 [bytes of all keys]: UTF-8, one after another
     field_names: tuple[str, ...]
+    # float32 [samples]: width / height of the picture, upright; nan: none, or damaged. None in tables of early versions
+    aspect: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.key_end)
@@ -195,7 +196,7 @@ def index_shard(path: Path) -> ShardEntry:
             size=table.size,
             field=table.field,
             crc=table.crc,
-            aspect=table.aspect,
+            aspect=np.asarray(table.aspect, np.float32),
             key_end=table.key_end,
             keys=table.keys,
             field_names=np.frombuffer(json.dumps(table.field_names).encode(), np.uint8),
@@ -250,11 +251,11 @@ def load_table(path: Path, entry: ShardEntry) -> ShardTable:
     stored = table_path(path)
     try:
         with np.load(stored, allow_pickle=False) as arrays:
-            if not {"crc", "aspect"} <= set(arrays):
+            if "crc" not in arrays:
                 raise DataError(f"{stored} was made by an earlier version, without checksums: {_rebuild(path.parent)}")
             checksum = arrays["checksum"].tobytes().decode()
             table = ShardTable(
-                **{name: arrays[name] for name in ARRAYS},
+                **{name: arrays[name] for name in ARRAYS if name in arrays},
                 field_names=tuple(json.loads(arrays["field_names"].tobytes())),
             )
     except FileNotFoundError as error:

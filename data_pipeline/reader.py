@@ -124,12 +124,16 @@ class Dataset:
     def aspects(self) -> np.ndarray:
         """float32 [samples]: width / height of each sample's picture, upright; nan where there is none that is whole.
 
-        From the tables of offsets, which are not kept. Parquet has none: there every picture is read.
+        From the tables of offsets, which are not kept. Where they say nothing (Parquet has none, those of early
+        versions have no aspects) every picture is read.
         """
-        if isinstance(self.files, ParquetFiles):
-            return np.array([self._aspect_of(sample) for sample in range(len(self))], np.float32)
-        found = [self.files.table(shard).aspect for shard in self.index.shards]
-        return np.concatenate(found).astype(np.float32)
+        parts = []
+        for shard, start in zip(self.index.shards, self._first, strict=False):
+            told = None if isinstance(self.files, ParquetFiles) else self.files.table(shard).aspect
+            if told is None:
+                told = np.array([self._aspect_of(start + offset) for offset in range(shard.samples)], np.float32)
+            parts.append(told)
+        return np.concatenate(parts)
 
     def _aspect_of(self, sample: int) -> float:
         try:

@@ -22,6 +22,7 @@ from data_pipeline import (
 )
 from data_pipeline.index import written_whole
 from pretrain.config import Recipe
+from pretrain.errors import RequestError
 from pretrain.parallel.groups import Ranks
 
 
@@ -40,13 +41,21 @@ def open_training_data(recipe: Recipe) -> Dataset | Joined:
 def reading_order(recipe: Recipe, dataset: Dataset | Joined, aspects: np.ndarray | None = None) -> ReadingOrder:
     """Which sample is read when; `aspects` [samples] are those of the pictures, where data.aspect asks for them.
 
-    Raises ValueError for weights that make no sense.
+    Raises ValueError for weights that make no sense, RequestError when pictures do not come in several shapes.
     """
     settings, seed = recipe.data, recipe.run.seed
     if aspects is not None:
         vision = recipe.model.vision
         sizes = bucket_sizes(vision.image_size, vision.patch, settings.aspect)
-        return BucketOrder(aspects, sizes, recipe.train.global_batch, seed)
+        buckets = BucketOrder(aspects, sizes, recipe.train.global_batch, seed)
+        if len(buckets.open_sizes) == 1:
+            height, width = buckets.open_sizes[0]
+            raise RequestError(
+                f"data.aspect is {settings.aspect}, but all pictures would be {width} x {height}: no second shape of "
+                f"whole patches ({vision.patch}) has a global batch of pictures ({recipe.train.global_batch}); "
+                "use data.aspect=1"
+            )
+        return buckets
 
     def order(samples: int, number: int) -> ReadingOrder:
         # two sources of the same size are not to be read in the same order
@@ -75,6 +84,16 @@ def picture_aspects(recipe: Recipe, dataset: Dataset | Joined, ranks: Ranks) -> 
     dist.barrier(group=ranks.control_group)
     aspects: np.ndarray = np.load(path, allow_pickle=False)
     return aspects
+
+
+def shapes_of(order: ReadingOrder) -> str:
+    """What is to be said of the pictures' shapes; nothing where all are the same."""
+    if not isinstance(order, BucketOrder):
+        return ""
+    counted = zip(order.open_sizes, order.members, strict=True)
+    return "pictures, by width x height: " + ", ".join(
+        f"{len(members)} of {width} x {height}" for (height, width), members in counted
+    )
 
 
 def samples_read(recipe: Recipe, order: ReadingOrder, position: int) -> dict[str, int]:

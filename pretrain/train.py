@@ -18,7 +18,8 @@ from contextlib import ExitStack, contextmanager, suppress
 import torch.distributed as dist
 
 import kernels
-from data_pipeline import DataError, Dataset, Joined, Tokenizer
+from data_pipeline import Dataset, Joined, Tokenizer
+from data_pipeline.errors import DamagedSampleError
 from data_pipeline.index import written_whole
 from pretrain import run_folder
 from pretrain.checkpoint.format import Checkpoint, step_folder
@@ -38,7 +39,7 @@ from pretrain.parallel.layout import Layout
 from pretrain.preflight import check
 from pretrain.quarantine import Quarantine
 from pretrain.schedule import learning_rate
-from pretrain.sources import picture_aspects, reading_order, samples_read
+from pretrain.sources import picture_aspects, reading_order, samples_read, shapes_of
 from pretrain.watchdog import Watchdog, collective_timeout
 
 CAPTIONS_FOR_TOKENIZER = 200_000
@@ -76,7 +77,9 @@ def _train(
     line = ProgressLine(stop, settings.global_batch)
     if start >= stop:
         if ranks.is_first:
-            line.say(f"{run} is trained to step {start} of {settings.steps}: nothing to do")
+            line.say(
+                f"{run} is trained to step {start} of {settings.steps}: nothing to do; `weft eval {run}` scores it"
+            )
         return 0
     if checkpoint:
         candidates = run_folder.checkpoints_to_resume(recipe, dataset.fingerprint)
@@ -101,6 +104,8 @@ def _train(
         )
 
     order = reading_order(recipe, dataset, picture_aspects(recipe, dataset, ranks))
+    if ranks.is_first and (shapes := shapes_of(order)):
+        line.say(shapes)
     quarantine = Quarantine(recipe, start, ranks)
     waiting_hint = WaitHint(recipe.data.loader, recipe.data.workers, layout.world, os.cpu_count() or 1)
     guard = Guard(settings, run, checkpoint.guard if checkpoint else None)
@@ -164,6 +169,10 @@ def _train(
                     line.say(hint)
 
             paused = time.perf_counter()
+            watchdog.phase("save", done)
+            if last:  # before an evaluation, which may fail
+                saver.save(done, guard.memory())
+                saver.finish()
             every = recipe.eval.every
             if test is not None and not stopping and (done == stop or (every and done % every == 0)):
                 watchdog.phase("evaluate", done)
@@ -174,10 +183,8 @@ def _train(
                         unfinished.write_text(json.dumps(evaluation.examples) + "\n", encoding="utf-8")
                     line.say(f"step {done}: " + summary(evaluation.scores))
             watchdog.phase("save", done)
-            if last or done % recipe.checkpoint.every == 0:
+            if not last and done % recipe.checkpoint.every == 0:
                 saver.save(done, guard.memory())
-            if last:
-                saver.finish()
             saver.poll()
             clock.pause(time.perf_counter() - paused)
 
@@ -228,7 +235,7 @@ def _captions(dataset: Dataset | Joined) -> list[str]:
     for sample in range(0, len(dataset), every):
         try:
             captions += dataset.read(sample).captions()
-        except DataError:
+        except DamagedSampleError:
             continue  # named when training meets it
     return captions
 

@@ -218,7 +218,7 @@ def _parquet_rows(table: Path, column: str) -> Iterator[tuple[str, dict[str, Any
             f"reading {table} needs pyarrow, which is not installed: pip install 'weft[parquet]'"
         ) from error
     try:
-        file = parquet.ParquetFile(table)
+        file = parquet.ParquetFile(table, page_checksum_verification=True)
         there = [name for name in file.schema_arrow.names if name in ("key", column)]
         if column not in there:
             raise ValueError(

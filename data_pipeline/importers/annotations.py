@@ -79,7 +79,10 @@ def json_members(path: Path) -> Iterator[tuple[str, Any]]:
 def rows(
     path: Path, columns: Sequence[str], *, delimiter: str = ",", quoted: bool = True, encoding: str = "utf-8-sig"
 ) -> Iterator[tuple[str, dict[str, str]]]:
-    """(where it stands, row by column) of a CSV with a header that has all of `columns`; missing cells are ""."""
+    """(where it stands, row by column) of a CSV with a header that has all of `columns`; missing cells are "".
+
+    DataError at a row that has more cells than there are columns: a value has been cut. Blank ones at its end may be.
+    """
     csv.field_size_limit(LONGEST_VALUE)
     number = 1
     with path.open(newline="", encoding=encoding) as file:
@@ -89,6 +92,7 @@ def rows(
             quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
             skipinitialspace=quoted,
             restval="",
+            strict=True,
         )
         with _told(path):
             there = list(reader.fieldnames or ())
@@ -102,6 +106,10 @@ def rows(
             if row is None:
                 return
             number = reader.line_num
+            more: Any = row.pop(None, ())  # type: ignore[call-overload]  # where DictReader puts what is too many
+            if any(cell.strip() for cell in more):
+                cells = f"{len(there) + len(more)} cells, where the header has {len(there)}"
+                raise DataError(f"{path} line {number} has {cells}: a value with {delimiter!r} in it has been cut")
             yield f"{path} line {number}", row
 
 
@@ -128,6 +136,15 @@ def objects(tree: dict[str, Any], name: str, path: Path) -> Iterator[tuple[str, 
         if not isinstance(element, dict):
             raise DataError(f"{where} is {_name(element)} where an object should be")
         yield where, element
+
+
+def csv_reason(error: csv.Error) -> str:
+    """What the csv module found wrong, in words for those who wrote the file."""
+    if "unexpected end of data" in str(error):
+        return "a quote that opens there is never closed"
+    if "expected after" in str(error):
+        return "a value goes on after its closing quote (a quote within a value is written twice)"
+    return str(error)
 
 
 def clean(text: str) -> str:
@@ -170,7 +187,7 @@ def _told(where: object) -> Iterator[None]:
     except UnicodeDecodeError as error:
         raise DataError(f"{where} is not UTF-8 ({error})") from error
     except csv.Error as error:
-        raise DataError(f"{where} is damaged: {error}") from error
+        raise DataError(f"{where} is damaged: {csv_reason(error)}") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not JSON, damaged or cut short ({error})") from error
 

@@ -11,6 +11,7 @@ Design choices:
 - What could not be downloaded is told with its reason, summed up as img2dataset's own statistics do: the row is there.
 - The id of a sample is its URL: keys are numbers of one download.
 - There is no published split; it is by caption.
+- Checksums of Parquet pages are verified: a damaged row group ends the import, unless it is images that are damaged.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any, Unpack
 from data_pipeline.errors import DataError
 from data_pipeline.importers.gather import Gathered, Options, run_import
 from data_pipeline.importers.split import Imported
-from data_pipeline.importers.table import Cell, load_pyarrow, read_place
+from data_pipeline.importers.table import NOT_UTF8, Cell, first_line, load_pyarrow, read_place
 
 TOLD = ("status", "error_message", "url")
 CAPTIONS = ("caption", "txt")
@@ -81,8 +82,9 @@ def _take(row: dict[str, Any], table: Path, folder: Path, found: Gathered) -> No
 def _rows(table: Path) -> Iterator[dict[str, Any]]:
     """The rows of one shard; "place" is the cell of the image, or None where it is in a file."""
     arrow, parquet = load_pyarrow(table)
+    where = str(table)
     try:
-        file = parquet.ParquetFile(table)
+        file = parquet.ParquetFile(table, page_checksum_verification=True)
         columns = list(file.schema_arrow.names)
         missing = [column for column in ("key", "status", "url") if column not in columns]
         if missing:
@@ -92,8 +94,13 @@ def _rows(table: Path) -> Iterator[dict[str, Any]]:
         image = next((column for column in ENCODED if column in columns), None)
         wanted = ["key", *told, *([captions] if captions else [])]
         for group in range(file.num_row_groups):
-            rows = file.read_row_group(group, wanted, use_threads=False).to_pylist()
+            where = f"row group {group} of {table}"
+            rows = _records(file.read_row_group(group, wanted, use_threads=False))
             for number, row in enumerate(rows):
+                if row is None:
+                    untold = dict.fromkeys((*TOLD, "caption", "place"))
+                    yield {**untold, "key": f"row group {group}, row {number}", "status": NOT_UTF8}
+                    continue
                 yield {
                     "key": row["key"],
                     **{column: row.get(column) for column in TOLD},
@@ -101,4 +108,15 @@ def _rows(table: Path) -> Iterator[dict[str, Any]]:
                     "place": Cell(table.absolute(), image, group, number) if image else None,
                 }
     except (arrow.ArrowException, OSError) as error:
-        raise DataError(f"{table} is damaged: {error}") from error
+        raise DataError(f"{where} is damaged: {first_line(error)}") from error
+
+
+def _records(rows: Any) -> list[dict[str, Any] | None]:
+    """The rows of an Arrow table; None for one that holds text which is not UTF-8."""
+    try:
+        return list(rows.to_pylist())
+    except UnicodeDecodeError:
+        if rows.num_rows == 1:
+            return [None]
+        half = rows.num_rows // 2
+        return _records(rows.slice(0, half)) + _records(rows.slice(half))

@@ -6,7 +6,9 @@ Design choices:
   Face data sets are written with. A URL is skipped: what is fetched while it is imported is another data set each time.
 - A path must lie in the table's folder (`gather.locate`).
 - Rows with the same image are one sample with several captions.
-- Parquet is read a row group at a time: captions first, image bytes when they are written.
+- A row with more cells than there are columns is skipped: a caption with a comma and no quotes around it has been cut.
+- Parquet is read a row group at a time: captions first, image bytes when they are written. Checksums of its pages are
+  verified. A row group whose captions are damaged ends the import; one whose images are costs the samples in it.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_pipeline.errors import DataError
-from data_pipeline.importers.annotations import LONGEST_VALUE
+from data_pipeline.importers.annotations import LONGEST_VALUE, csv_reason
 from data_pipeline.importers.gather import NO_CAPTION, NO_FILE, locate
 from data_pipeline.importers.image import image_field
 from data_pipeline.importers.split import (
@@ -31,6 +33,7 @@ from data_pipeline.importers.split import (
     refuse_existing,
     write_split,
 )
+from data_pipeline.parquet_columns import TEXT
 from data_pipeline.sample import Skipped
 from data_pipeline.shards import Progress
 
@@ -44,7 +47,9 @@ CAPTION_COLUMNS = (
     *("caption", "captions", "text", "texts", "title", "description", "sentence", "sentences", "comment", "alt"),
     *("alt_text", "txt", "prompt", "label"),
 )
+BYTES = ("binary", "large_binary", "binary_view")  # types by Arrow's names
 NO_IMAGE = "has no image"
+NOT_UTF8 = "holds text that is not UTF-8"
 
 
 def import_table(
@@ -105,11 +110,15 @@ class Cell(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One row: how to name it, its image (a path as it was written, bytes in the table, or none), its captions."""
+    """One row: how to name it, its image (a path as it was written, bytes in the table, or none), its captions.
+
+    `reason`: why the row itself cannot be used, where that is so.
+    """
 
     name: str
-    image: str | Cell | None
-    captions: tuple[str, ...]
+    image: str | Cell | None = None
+    captions: tuple[str, ...] = ()
+    reason: str = ""
 
 
 def read_place(candidate: Candidate) -> dict[str, bytes]:
@@ -142,9 +151,11 @@ def _gather(rows: Iterator[Row], source: Path, licence: str | None) -> tuple[lis
     places: dict[Path | Cell, tuple[str, Path | Cell, list[str]]] = {}
     skipped = []
     for row in rows:
-        reason = ""
+        reason = row.reason
         place: Path | Cell | None = None
-        if not row.image:
+        if reason:
+            pass
+        elif not row.image:
             reason = NO_IMAGE
         elif not row.captions:
             reason = NO_CAPTION
@@ -172,56 +183,79 @@ def _gather(rows: Iterator[Row], source: Path, licence: str | None) -> tuple[lis
 def _csv_rows(table: Path, image_column: str | None, caption_column: str | None) -> Iterator[Row]:
     """The rows of a CSV, whatever of DELIMITERS its header is divided by."""
     csv.field_size_limit(LONGEST_VALUE)
-    number = 0
+    number, line = 0, 1  # of the last row, and where the next one begins
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
             header = file.readline()
             delimiter = max(DELIMITERS, key=lambda delimiter: len(next(csv.reader([header], delimiter=delimiter), [])))
             file.seek(0)
-            reader = csv.DictReader(file, delimiter=delimiter)
-            columns = list(reader.fieldnames or ())
+            reader = csv.reader(file, delimiter=delimiter, strict=True)
+            columns = next(reader, [])
+            if not columns:
+                raise DataError(f"{table} is empty, or its first line is: it must begin with the names of its columns")
             image = find_column(columns, image_column, IMAGE_COLUMNS, "image", table)
             caption = find_column(columns, caption_column, CAPTION_COLUMNS, "caption", table)
-            for number, row in enumerate(reader, start=1):
-                path = (row[image] or "").strip()
-                yield Row(path or f"row {number}", path, _captions(row[caption]))
+            line = reader.line_num + 1
+            for cells in reader:
+                line = reader.line_num + 1
+                if not cells:
+                    continue
+                number += 1
+                if len(cells) > len(columns):
+                    too_many = f"has {len(cells)} cells, where the table has {len(columns)} columns: quote its texts"
+                    yield Row(f"row {number}", reason=too_many)
+                    continue
+                row = dict(zip(columns, cells, strict=False))  # cells may be missing at the end
+                path = row.get(image, "").strip()
+                yield Row(path or f"row {number}", path, _captions(row.get(caption)))
     except UnicodeDecodeError as error:
         raise DataError(f"{table} is not UTF-8 ({error}): save it as UTF-8") from error
     except csv.Error as error:
-        raise DataError(f"{table} is damaged after row {number}: {error}") from error
+        raise DataError(f"{table} is damaged in the row that begins in line {line}: {csv_reason(error)}") from error
 
 
 def _parquet_rows(table: Path, image_column: str | None, caption_column: str | None) -> Iterator[Row]:
     """The rows of a Parquet file; a column of image bytes is not read for it."""
     arrow, parquet = load_pyarrow(table)
+    where = str(table)
     try:
-        file = parquet.ParquetFile(table)
+        file = parquet.ParquetFile(table, page_checksum_verification=True)
         schema = file.schema_arrow
         image = find_column(list(schema.names), image_column, IMAGE_COLUMNS, "image", table)
         caption = find_column(list(schema.names), caption_column, CAPTION_COLUMNS, "caption", table)
-        has_bytes = _holds_bytes(arrow, schema.field(image).type, image, table)
+        has_bytes = _holds_bytes(schema.field(image).type, image, table)
         number = 0
         for group in range(file.num_row_groups):
+            where = f"row group {group} of {table}"
             captions = file.read_row_group(group, [caption], use_threads=False).column(0)
             paths = None if has_bytes else file.read_row_group(group, [image], use_threads=False).column(0)
             for row in range(len(captions)):
                 number += 1
-                path = paths[row].as_py() if paths is not None else None
+                try:
+                    path = paths[row].as_py() if paths is not None else None
+                    texts = _captions(captions[row].as_py())
+                except UnicodeDecodeError:
+                    yield Row(f"row {number}", reason=NOT_UTF8)
+                    continue
                 source = Cell(table.absolute(), image, group, row) if has_bytes else path
-                yield Row(path or f"row {number}", source, _captions(captions[row].as_py()))
+                yield Row(path or f"row {number}", source, texts)
     except (arrow.ArrowException, OSError) as error:
-        raise DataError(f"{table} is damaged: {error}") from error
+        raise DataError(f"{where} is damaged: {first_line(error)}") from error
 
 
-def _holds_bytes(arrow: Any, kind: Any, column: str, table: Path) -> bool:
+def first_line(error: Exception) -> str:
+    """What an error says, in one line: some of Arrow's go on, or end in a line break."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _holds_bytes(kind: Any, column: str, table: Path) -> bool:
     """Whether an Arrow type is that of images and not of their paths; ValueError when it is neither."""
-    types = arrow.types
-    kind = kind.value_type if types.is_dictionary(kind) else kind
-    if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+    kind = kind.value_type if hasattr(kind, "index_type") else kind  # of a dictionary
+    if hasattr(kind, "get_field_index") and kind.get_field_index("bytes") >= 0:
         return True
-    if types.is_binary(kind) or types.is_large_binary(kind):
+    if str(kind) in BYTES:
         return True
-    if types.is_string(kind) or types.is_large_string(kind):
+    if str(kind) in TEXT:
         return False
     raise ValueError(
         f"the image column {column!r} of {table} holds {kind}: it must hold paths, bytes or {{bytes, path}}"
@@ -229,8 +263,14 @@ def _holds_bytes(arrow: Any, kind: Any, column: str, table: Path) -> bool:
 
 
 def read_cell(cell: Cell) -> bytes:
-    """The image bytes in a cell, or in the file that it names instead; DataError when there are none."""
-    value = _column_of_group(cell.table, cell.column, cell.group)[cell.row].as_py()
+    """The image bytes in a cell, or in the file that it names instead; DataError when there are none, or damaged."""
+    column = _column_of_group(cell.table, cell.column, cell.group)
+    if isinstance(column, DataError):
+        raise column
+    try:
+        value = column[cell.row].as_py()
+    except UnicodeDecodeError as error:  # the path beside the bytes
+        raise DataError(NOT_UTF8) from error
     path = None
     if isinstance(value, dict):
         value, path = value["bytes"], value.get("path")
@@ -246,9 +286,16 @@ def read_cell(cell: Cell) -> bytes:
 
 @lru_cache(maxsize=1)
 def _column_of_group(table: Path, column: str, group: int) -> Any:
-    """One column of one row group: samples are written in order, so the last one is most likely the next one."""
-    _, parquet = load_pyarrow(table)
-    return parquet.ParquetFile(table).read_row_group(group, [column], use_threads=False).column(0)
+    """One column of one row group: samples are written in order, so the last one is most likely the next one.
+
+    A damaged one is a DataError that is returned, and so kept: it is not read again for each of its rows.
+    """
+    arrow, parquet = load_pyarrow(table)
+    try:
+        file = parquet.ParquetFile(table, page_checksum_verification=True)
+        return file.read_row_group(group, [column], use_threads=False).column(0)
+    except (arrow.ArrowException, OSError) as error:
+        return DataError(f"row group {group} of {table.name} is damaged: {first_line(error)}")
 
 
 def load_pyarrow(table: Path) -> tuple[Any, Any]:

@@ -92,3 +92,11 @@ def test_the_quality_of_a_data_set_as_it_lies(tmp_path: Path) -> None:
     assert "a full shuffle" in str(blocks)
     with pytest.raises(ValueError, match="a batch of 601 does not fit"):
         quality_of(Order(600, 0), dataset, batch=601)
+
+
+def test_blocks_beyond_the_data_set_are_cut_to_it() -> None:
+    """As many as there are samples is a full shuffle, however much more is asked for."""
+    order = BlockOrder(97, 3, 5 * 10**12, 10**12)
+    assert (order.block, order.window) == (97, 1)
+    assert sorted(order.sample_ids(np.arange(97)).tolist()) == [*range(97)]
+    assert BlockOrder(97, 3, 8, 10**12) == BlockOrder(97, 3, 8, 13)

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from ranks import run_ranks
 
+from data_pipeline import open_dataset
 from data_pipeline.buckets import BucketOrder, bucket_sizes
 from data_pipeline.sample import Sample
 from data_pipeline.shards import write_shards
@@ -18,6 +19,7 @@ from pretrain.config import Recipe, load_recipe
 from pretrain.errors import RequestError
 from pretrain.metrics import read_lines
 from pretrain.parallel.layout import lay_out
+from pretrain.sources import reading_order, shapes_of
 
 SHAPES = [(40, 40), (64, 36), (30, 66), (80, 30)]  # (width, height) by sample % 4
 STEPS = 12
@@ -104,6 +106,14 @@ def test_what_needs_sequences_of_one_length_is_refused(shards: Path) -> None:
             RequestError, match=rf"layout\.{key} needs them of one length: use layout\.tp or layout\.zero"
         ):
             lay_out(recipe_of(shards, *options), 2)
+
+
+def test_pictures_of_one_shape_are_refused(shards: Path) -> None:
+    recipe, data = recipe_of(shards, "train.global_batch=24"), open_dataset(shards)
+    with pytest.raises(RequestError, match=r"all pictures would be 48 x 48: no second shape .* use data\.aspect=1"):
+        reading_order(recipe, data, np.ones(96))
+    aspects = np.array([width / height for width, height in SHAPES * 24])
+    assert shapes_of(reading_order(recipe, data, aspects)).startswith("pictures, by width x height: 48 of 72 x 32, ")
 
 
 def test_another_order_beside_it_is_refused(shards: Path) -> None:

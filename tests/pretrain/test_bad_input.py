@@ -125,6 +125,28 @@ def test_a_truncated_tar_is_named_with_its_byte(
     assert "50000" in capsys.readouterr().out
 
 
+def test_a_test_set_that_cannot_be_used_costs_no_training(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = [{"__key__": f"bad{number}", "jpg": b"no picture", "txt": "nothing"} for number in range(20)]
+    test, run = write_shard(tmp_path / "bad", bad), tmp_path / "run"
+    assert train(scenes / "train", run, f"data.test={test}") == 1
+    assert "16 samples in a row of" in sentence(capsys)
+    assert describe(run / "checkpoints" / "step_00000006").step == 6
+    assert train(scenes / "train", run, f"data.test={test}") == 0
+    assert f"nothing to do; `weft eval {run}` scores it" in capsys.readouterr().err
+
+
+def test_a_shard_that_goes_before_training_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not as a data set without text, though captions for the tokenizer are the first that is read."""
+    data = write_shard(tmp_path / "data", foreign_samples(40))
+    open_dataset(data)
+    table = next(data.glob("*.npz"))
+    table.write_bytes(b"")
+    assert train(data, tmp_path / "run") == 1
+    assert f"{table} is damaged" in sentence(capsys)
+
+
 def test_long_captions_are_cut_with_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     samples = foreign_samples(20)
     samples[5]["txt"] = "a very long story " * 200

@@ -59,11 +59,29 @@ def test_tables(tmp_path):
         with pytest.raises(DataError, match=words):
             list(rows(path, ["caption"]))
     path.write_text("caption\n" + "x" * (annotations.LONGEST_VALUE + 1))
-    with pytest.raises(DataError, match="after line 1 is damaged"):
+    with pytest.raises(DataError, match="after line 1 is damaged: field larger than"):
         list(rows(path, ["caption"]))
     path.write_bytes(b"caption\n\xff\n")
     with pytest.raises(DataError, match="is not UTF-8"):
         list(rows(path, ["caption"]))
+
+
+def test_a_table_that_would_lose_text_is_refused(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text('id,caption\n1,"two\nlines"\n2,"a cat\n3,a dog\n4,a cow\n')
+    with pytest.raises(DataError, match=r"x\.csv after line 3 is damaged: a quote that opens there is never closed"):
+        list(rows(path, ["caption"]))
+    path.write_text('id,caption\n1,"a "small" cat"\n')
+    with pytest.raises(DataError, match=r"after line 1 is damaged: a value goes on after its closing quote"):
+        list(rows(path, ["caption"]))
+    path.write_text("id,caption\n1,a cat,\n2,a cat, asleep\n")
+    read = rows(path, ["caption"])
+    assert next(read)[1] == {"id": "1", "caption": "a cat"}
+    with pytest.raises(DataError, match=r"x\.csv line 3 has 3 cells, where the header has 2"):
+        next(read)
+    path.write_text("id\tcaption\n1\ta\tb\n")
+    with pytest.raises(DataError, match=r"line 2 has 3 cells"):
+        list(rows(path, ["caption"], delimiter="\t", quoted=False))
 
 
 def test_values_are_of_their_kind():

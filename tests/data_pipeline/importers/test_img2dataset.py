@@ -37,9 +37,9 @@ def metadata(shard):
 
 @pytest.fixture
 def save(put):
-    def write(name, rows):
+    def write(name, rows, **options):
         path = put(name, b"")
-        parquet.write_table(arrow.Table.from_pylist(rows), path, row_group_size=2)
+        parquet.write_table(arrow.Table.from_pylist(rows), path, row_group_size=2, **options)
 
     return write
 
@@ -99,6 +99,36 @@ def test_parquet(save, tmp_path, examine, image_bytes):
     assert samples["https://example.org/0/2.jpg"].fields["jpg"] == image_bytes(2, "JPEG")
     assert imported.reasons()["has no caption"] == 1
     assert len(imported.skipped) == 3
+
+
+def test_damaged_row_groups_and_text_that_is_not_utf_8(save, tmp_path, examine, image_bytes):
+    rows = [
+        {**metadata(0)[0], "jpg": image_bytes(n, "JPEG"), "url": f"u{n}", "caption": f"Number {n}"} for n in range(8)
+    ]
+    plain = {"compression": "none", "use_dictionary": False, "write_statistics": False}  # each text stands there once
+    save("00000.parquet", rows, write_page_checksum=True, **plain)
+    path = tmp_path / "source/00000.parquet"
+    whole = path.read_bytes()
+    image = image_bytes(4, "JPEG")  # of row group 2
+    assert whole.count(image) == 1
+    path.write_bytes(whole.replace(image, image[:-1] + b"?"))
+    imported = import_img2dataset(tmp_path / "source", tmp_path / "a", test_share=0, processes=0)
+    assert set(examine(tmp_path / "a")["train"]) == {"u0", "u1", "u2", "u3", "u6", "u7"}
+    ((reason, times),) = imported.reasons().items()
+    assert reason.startswith("row group 2 of 00000.parquet is damaged: ")
+    assert times == 2
+    path.write_bytes(whole.replace(b"Number 3", b"Number ?"))
+    with pytest.raises(DataError, match=r"^row group 1 of .*00000\.parquet is damaged: .*[^\n]\Z"):
+        import_img2dataset(tmp_path / "source", tmp_path / "b")
+    save("00000.parquet", rows, **plain)
+    whole = path.read_bytes()
+    assert whole.count(b"Number 3") == 1
+    path.write_bytes(whole.replace(b"Number 3", b"Number \xff"))
+    imported = import_img2dataset(tmp_path / "source", tmp_path / "c", test_share=0, processes=0)
+    assert set(examine(tmp_path / "c")["train"]) == {f"u{n}" for n in range(8) if n != 3}
+    assert [(skip.source, skip.reason) for skip in imported.skipped] == [
+        ("00000/row group 1, row 1", "holds text that is not UTF-8")
+    ]
 
 
 def test_keys_reach_nothing_outside(save, put, tmp_path, image_bytes):

@@ -80,6 +80,16 @@ def test_rows_that_cannot_be_used_are_counted(folder, run):
     assert "not a JPEG" in skipped["images/4.png"]
 
 
+def test_a_row_with_too_many_cells_is_skipped(folder, run):
+    rows = ["images/0.png,a cat", "", "images/1.png,a cat, asleep, on a mat", 'images/2.png,"a dog, awake"']
+    samples, skipped = run(write(folder, "image,caption\n" + "\n".join(rows)))
+    assert {name: sample.captions() for name, sample in samples.items()} == {
+        "images/0.png": ("a cat",),
+        "images/2.png": ("a dog, awake",),
+    }
+    assert skipped == {"row 2": "has 4 cells, where the table has 2 columns: quote its texts"}
+
+
 def test_a_table_reaches_nothing_outside_its_folder(folder, run, tmp_path):
     outside = ["../secret.png", "images/../../secret.png", str(tmp_path / "secret.png"), "../set-of-another/0.png"]
     inside = [str(folder / "images/1.png"), "../set/images/2.png"]
@@ -110,16 +120,24 @@ def test_columns_are_found_by_usual_names_or_given(folder, run, tmp_path):
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b"", "columns of an empty file"),
+        (b"", r"table\.csv is empty"),
+        (b"\n\n", r"table\.csv is empty, or its first line is"),
         (b"image,caption\n", "no row"),
         (b"image,caption\nimages/7.png,x\n", "images/7.png: the image file is missing"),
         (b"image,caption\nimages/0.png,caf\xe9\n", "UTF-8"),
-        (b"image,caption\n" + b'images/0.png,"' + b"x" * (1 << 24) + b'x"\n', "damaged after row 0"),
+        (b"image,caption\n" + b'images/0.png,"' + b"x" * (1 << 24) + b'x"\n', "line 2: field larger"),
+        (
+            b'image,caption\n\nimages/0.png,"two\nlines"\n\nimages/1.png,"x\nimages/2.png,y\n',
+            "line 6: a quote .* never",
+        ),
+        (b'image,caption\nimages/0.png,"a "small" cat"\n', "line 2: a value goes on after its closing quote"),
+        (b'"image,caption\nimages/0.png,x\n', "line 1: a quote that opens there is never closed"),
+        (b"image,caption\nimages/0.png,a,b\n", "the first, row 1: has 3 cells, where the table has 2 columns"),
     ],
 )
 def test_bad_tables_are_one_sentence(folder, tmp_path, data, words):
     (folder / "table.csv").write_bytes(data)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(DataError, match=words):
         import_table(folder / "table.csv", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -157,8 +175,8 @@ class TestParquet:
         arrow = pytest.importorskip("pyarrow")
         from pyarrow import parquet
 
-        def write_table(columns, name="table.parquet", row_group_size=2):
-            parquet.write_table(arrow.table(columns), folder / name, row_group_size=row_group_size)
+        def write_table(columns, name="table.parquet", row_group_size=2, **options):
+            parquet.write_table(arrow.table(columns), folder / name, row_group_size=row_group_size, **options)
             return folder / name
 
         return write_table
@@ -192,6 +210,47 @@ class TestParquet:
         assert len(samples) == 2
         assert "outside" in skipped["row 3"]
         assert skipped["row 4"] == skipped["row 5"] == "has no image"
+
+    @pytest.mark.parametrize("kind", ["binary", "large_binary", "binary_view"])
+    def test_every_type_of_bytes(self, save, run, image_bytes, kind):
+        arrow = pytest.importorskip("pyarrow")
+        if not hasattr(arrow, kind):
+            pytest.skip(f"this pyarrow has no {kind}")
+        images = arrow.array([image_bytes(number) for number in range(3)], getattr(arrow, kind)())
+        samples, skipped = run(save({"image": images, "text": list("abc")}))
+        assert not skipped
+        assert [samples[f"row {n + 1}"].fields["png"] for n in range(3)] == [image_bytes(n) for n in range(3)]
+
+    def test_a_damaged_row_group(self, save, tmp_path, run, image_bytes):
+        images, texts = [image_bytes(number) for number in range(6)], [f"caption {n}" for n in range(6)]
+        table = save(
+            {"image": images, "text": texts},
+            compression="none",
+            use_dictionary=False,
+            write_statistics=False,
+            write_page_checksum=True,
+        )
+        whole = table.read_bytes()
+        assert whole.count(images[3]) == 1
+        table.write_bytes(whole.replace(images[3], images[3][:-1] + b"?"))
+        samples, skipped = run(table)
+        assert samples.keys() == {"row 1", "row 2", "row 5", "row 6"}
+        assert skipped.keys() == {"row 3", "row 4"}
+        assert all(reason.startswith("row group 1 of table.parquet is damaged: ") for reason in skipped.values())
+        table.write_bytes(whole.replace(b"caption 4", b"caption ?"))
+        with pytest.raises(DataError, match=r"^row group 2 of .*table\.parquet is damaged: .*[^\n]\Z"):
+            import_table(table, tmp_path / "other")
+
+    def test_text_that_is_not_utf_8(self, save, run, image_bytes):
+        images = [{"bytes": None, "path": f"images/{number}.png"} for number in range(5)]
+        texts = [["one", "two"], ["caption 1"], ["caption 2"], ["four"], ["five"]]
+        columns = {"image": images, "text": texts}
+        table = save(columns, compression="none", use_dictionary=False, write_statistics=False)
+        damaged = table.read_bytes().replace(b"caption 1", b"caption \xff").replace(b"images/3.png", b"images/\xff.png")
+        table.write_bytes(damaged)
+        samples, skipped = run(table)
+        assert samples.keys() == {"row 1", "row 3", "row 5"}
+        assert skipped == dict.fromkeys(("row 2", "row 4"), "holds text that is not UTF-8")
 
     def test_paths(self, save, run):
         table = save({"path": ["images/0.png", "images/1.png", "gone.png", None], "text": list("abcd")})
