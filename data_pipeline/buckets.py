@@ -27,7 +27,7 @@ from functools import cached_property
 import numpy as np
 
 from data_pipeline.mixture import PERIOD, Mixture, Phase
-from data_pipeline.order import Order
+from data_pipeline.order import Order, split
 
 LEAST_SHARE = 1 / 256
 
@@ -120,13 +120,13 @@ class BucketOrder:
         return ids
 
     def epochs(self, positions: np.ndarray) -> np.ndarray:
-        """The epoch of its own bucket that each position lies in, int64."""
+        """The epoch of its own bucket that each position lies in, int64; ValueError for a negative one."""
         buckets, own = self._locate(positions)
         return own // np.array([len(members) for members in self.members])[buckets]
 
     def _locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(bucket, position in its own order) of each position, int64."""
-        steps, rows = np.divmod(np.asarray(positions, np.int64), self.global_batch)
+        steps, rows = split(positions, self.global_batch)
         buckets, before = np.empty_like(steps), np.empty_like(steps)
         for period in np.unique(steps // PERIOD).tolist():
             mine, start = steps // PERIOD == period, period * PERIOD

@@ -32,7 +32,8 @@ import os
 import re
 from bisect import bisect_right
 from collections import OrderedDict
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
+from fnmatch import fnmatchcase
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ HELD_BYTES = 1 << 30  # of row groups in memory, in each process
 HELD_GROUPS = 1024
 MOST_OPEN = 64  # files, with their footers
 MAGIC = b"PAR1"
-OF_A_SPLIT = re.compile(r"(train|validation|valid|val|dev|test)(?![a-z])", re.IGNORECASE)
+OF_A_SPLIT = re.compile(r"(?<![^\W\d_])(train|validation|valid|val|dev|test)(?![^\W\d_])", re.IGNORECASE)  # a word
 
 
 def is_parquet(path: Path) -> bool:
@@ -62,7 +63,8 @@ def open_parquet(path: str | Path) -> tuple[ParquetFiles, Index]:
     """The Parquet files that `path` means (a folder, a file, or a pattern of file names) and what is in them.
 
     Raises FileNotFoundError when there is none, ValueError when pyarrow is not installed, a folder holds several splits
-    or it is a URL, DataError when a file is damaged, lacks columns or has them of a wrong type, or there is no row.
+    or files whose rows have equal keys, or it is a URL, DataError when a file is damaged, lacks columns or has them of
+    a wrong type, or there is no row.
     """
     if is_url(path):
         raise ValueError(
@@ -74,15 +76,14 @@ def open_parquet(path: str | Path) -> tuple[ParquetFiles, Index]:
     _pyarrow(path)
     entries, first, columns = [], None, Columns(None, None, None)
     for each in paths:
-        file = _File(each)
-        if first is None:
-            first, columns = file, find_columns(file.path, file.schema)
-        elif not file.schema.equals(first.schema):
-            check_columns(file.path, file.schema, columns, first.path, first.schema)
+        with closing(_File(each)) as file:
+            if first is None:
+                first, columns = file, find_columns(file.path, file.schema)
+            elif not file.schema.equals(first.schema):
+                check_columns(file.path, file.schema, columns, first.path, first.schema)
         modalities = zip(("audio", "image", "text"), (columns.sound, columns.image, columns.caption), strict=True)
         held = tuple(name for name, column in modalities if column is not None)
         entries.append(ShardEntry(each.name, file.rows, file.bytes, file.checksum, held))
-        file.close()
     index = Index(tuple(entries))
     if index.samples == 0:
         raise DataError(f"there is no row in the {len(entries)} Parquet files of {path}")
@@ -119,7 +120,7 @@ class ParquetFiles:
         except (file.arrow.ArrowException, OSError, UnicodeDecodeError) as error:
             self._open.pop(entry.file).close()
             self._file(entry)  # a file that is gone, or changed while it was open, says so
-            raise DamagedSampleError(key, f"{where} cannot be read: {error}") from error
+            raise DamagedSampleError(key, f"{where} cannot be read: {_reason(error)}") from error
         return Sample(key, self._fields(values, file, f"{where} is damaged", key))
 
     def close(self) -> None:
@@ -203,24 +204,26 @@ class _File:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.arrow, parquet = _pyarrow(path)
-        try:
-            self.bytes, self.checksum = _size_and_checksum(path)
-            self._source = self.arrow.OSFile(str(path))
-            # by Arrow's defaults, threads would fetch columns in advance
-            self._reader = parquet.ParquetFile(self._source, pre_buffer=False, page_checksum_verification=True)
-            self.schema = self._reader.schema_arrow
-            metadata = self._reader.metadata
-            sizes = (metadata.row_group(number).num_rows for number in range(metadata.num_row_groups))
-            self._first = [0, *accumulate(sizes)]  # row that each group starts at
-        except FileNotFoundError as error:
-            raise DataError(f"{path} is missing: there is no such file") from error
-        except (self.arrow.ArrowException, OSError) as error:
-            raise DataError(f"{path} cannot be read as Parquet: {error}") from error
-        twice = next((name for name in self.schema.names if self.schema.names.count(name) > 1), None)
-        if twice is not None:
-            raise DataError(f"{path} has the column {twice!r} twice: give it columns of different names")
-        self.class_names = class_names(self.schema.metadata)
         self._columns: list[str] = []
+        with ExitStack() as unless_whole:
+            try:
+                self.bytes, self.checksum = _size_and_checksum(path)
+                self._source = unless_whole.enter_context(self.arrow.OSFile(str(path)))
+                # by Arrow's defaults, threads would fetch columns in advance
+                self._reader = parquet.ParquetFile(self._source, pre_buffer=False, page_checksum_verification=True)
+                self.schema = self._reader.schema_arrow
+                metadata = self._reader.metadata
+                sizes = (metadata.row_group(number).num_rows for number in range(metadata.num_row_groups))
+                self._first = [0, *accumulate(sizes)]  # row that each group starts at
+            except FileNotFoundError as error:
+                raise DataError(f"{path} is missing: there is no such file") from error
+            except (self.arrow.ArrowException, OSError) as error:
+                raise DataError(f"{path} cannot be read as Parquet: {_reason(error)}") from error
+            twice = next((name for name in self.schema.names if self.schema.names.count(name) > 1), None)
+            if twice is not None:
+                raise DataError(f"{path} has the column {twice!r} twice: give it columns of different names")
+            self.class_names = class_names(self.schema.metadata)
+            unless_whole.pop_all()  # it stays open
 
     @property
     def rows(self) -> int:
@@ -252,21 +255,58 @@ class _File:
 
 
 def _paths(path: Path) -> list[Path]:
-    """The files that `path` means, in order of name; FileNotFoundError, or ValueError for several splits."""
+    """The files that `path` means, in order of name.
+
+    FileNotFoundError when there is none, ValueError for several splits in a folder, or two files of one key.
+    """
     if path.is_dir():
         paths = _files_in(path)
-        splits = {match[1].lower(): each for each in paths if (match := OF_A_SPLIT.match(each.name))}
-        if len(splits) > 1:
-            (one, _), *_ = splits.items()
-            pattern = path / f"{one}*{splits[one].suffix}"
-            raise ValueError(f"{path} holds files of several splits ({', '.join(splits)}): give one, as {pattern}")
+        _refuse_several_splits(path, paths)
+    elif path.is_file():  # whatever its name has in it
+        paths = [path]
     elif any(letter in path.name for letter in "*?["):
         paths = sorted(each for each in path.parent.glob(path.name) if each.suffix.lower() in EXTENSIONS)
     else:
-        paths = [path] if path.is_file() else []
+        paths = []
     if not paths:
         raise FileNotFoundError(f"no data set at {path}: there is no such Parquet file")
+    by_stem: dict[str, Path] = {}
+    for each in paths:
+        other = by_stem.setdefault(each.stem, each)
+        if other is not each:
+            raise ValueError(
+                f"{other} and {each.name} beside it differ in their extension only, so that their rows would have the "
+                "same keys: rename one, or give the one that is meant"
+            )
     return paths
+
+
+def _refuse_several_splits(folder: Path, paths: list[Path]) -> None:
+    """ValueError, with a pattern for one of them, when the names of files tell of more than one split."""
+    splits: dict[str, list[Path]] = {}
+    for each in paths:
+        words = OF_A_SPLIT.findall(each.stem)
+        if words:
+            splits.setdefault("-".join(words).lower(), []).append(each)
+    if len(splits) < 2:
+        return
+    patterns = {}
+    for split in sorted(splits, key=lambda split: "train" not in split.split("-")):
+        first = splits[split][0]
+        words = OF_A_SPLIT.findall(first.stem)
+        start = "" if all(each.name.startswith(words[0]) for each in splits[split]) else "*"
+        patterns[split] = f"{start}{'*'.join(words)}*{first.suffix}"
+    for split, pattern in patterns.items():
+        if [each for each in paths if fnmatchcase(each.name, pattern)] == splits[split]:
+            break
+    else:  # none of them picks the files of one split only
+        pattern = splits[next(iter(patterns))][0].name
+    raise ValueError(f"{folder} holds files of several splits ({', '.join(splits)}): give one, as {folder / pattern}")
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what Arrow says, which ends in a newline, or goes on with where in its source."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _files_in(folder: Path) -> list[Path]:

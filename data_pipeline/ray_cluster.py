@@ -23,6 +23,7 @@ import ray
 from data_pipeline.errors import DataError
 
 NAMESPACE = "weft"
+LONGEST_PLACE = 24  # characters of a folder for temporary files in which Ray's sockets still have a place
 LAST_WORDS = 20.0  # seconds that Ray's processes may still write into their folder
 _folders: list[str] = []  # of a Ray that this process has started
 
@@ -40,16 +41,19 @@ def connect(address: str, processors: int = 2, store_bytes: int | None = None) -
         "configure_logging": False,
     }
     if address == "local":
-        _folders.append(tempfile.mkdtemp(prefix="weft-ray-", dir="/tmp"))  # a socket's path may not be long
+        usual = tempfile.gettempdir()
+        short = usual if len(usual) <= LONGEST_PLACE else "/tmp"  # a socket's path may not be long
+        _folders.append(tempfile.mkdtemp(prefix="weft-ray-", dir=short))
         settings |= {"num_cpus": processors, "include_dashboard": False, "object_store_memory": store_bytes}
         settings |= {"_node_ip_address": "127.0.0.1", "_temp_dir": _folders[-1]}
     host, _, port = address.rpartition(":")
-    if port.isdigit():
+    if port.isdecimal():
         _refuse_nobody(host, int(port))  # Ray would try for minutes
     try:
         context: Any = ray.init(address=address, **settings)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise DataError(f"there is no Ray cluster at {address} ({str(error).splitlines()[0]})") from error
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise DataError(f"there is no Ray cluster at {address} ({reason})") from error
     return str(context.address_info["gcs_address"])
 
 
@@ -72,5 +76,6 @@ def _refuse_nobody(host: str, port: int) -> None:
         raise DataError(f"{host}:{port} is an address for Ray Client, which has no shared memory: give HOST:PORT")
     try:
         socket.create_connection((host, port), timeout=10).close()
-    except OSError as error:
-        raise DataError(f"there is no Ray cluster at {host}:{port} ({error.strerror or error})") from error
+    except (OSError, UnicodeError, OverflowError) as error:  # the last two: no name of a host, no number of a port
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"there is no Ray cluster at {host}:{port} ({reason})") from error

@@ -153,7 +153,7 @@ class RayLoader:
             except RayTaskError:
                 raise  # a mistake of ours, not of a machine
             except RayError as error:
-                failure = str(error).splitlines()[0]
+                failure = str(error).partition("\n")[0] or type(error).__name__
             if not request.answered:
                 pool.done(request.hand)
             if failure:

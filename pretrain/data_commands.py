@@ -2,7 +2,7 @@
 
 Design choices:
 - A PATH is a folder of shards, or the parent of train/ and test/: then the command does both and says which is which.
-  Parquet is read as it lies by all but `check`, a URL by `stats`.
+  Parquet is read as it lies by all but `check`, a URL by `stats` and `order`.
 - Exit 1 when the data is bad. Other errors rise to `pretrain.cli.main`, which prints them and knows their exit codes.
 - `data_pipeline` loads torch and is imported inside the commands, so that `weft --help` is quick.
 """
@@ -47,8 +47,6 @@ data = typer.Typer(
 data.add_typer(importers, name="import")
 data.command("filter")(filter_command)
 data.command("score")(score_command)
-
-DataPath = Annotated[Path, typer.Argument(metavar="PATH", help="Folder of shards, or the parent of train/ and test/.")]
 
 
 @data.command()
@@ -129,7 +127,7 @@ def stats(
 
 @data.command()
 def preview(
-    path: DataPath,
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder of shards, or the parent of train/ and test/.")],
     out: Annotated[Path | None, typer.Option(help="HTML file to write; default: PATH/preview.html.")] = None,
     count: Annotated[int, typer.Option(min=1, help="Samples on the sheet.")] = 48,
     seed: Seed = 0,
@@ -138,7 +136,12 @@ def preview(
     """Write a contact sheet: one HTML file with pictures, captions, labels and sound, nothing outside it needed."""
     from data_pipeline.preview import write_preview
 
-    folders = datasets_in(path)
+    if "://" in path:
+        raise ValueError(
+            f"{path} is a URL, and preview draws samples of a folder on this machine: `weft data stats {path}` counts "
+            "what some of them hold; to see them, copy some shards here"
+        )
+    folders = datasets_in(Path(path))
     files: dict[str, str] = {}
     for folder in folders:
         file = out or (folder if folder.is_dir() else folder.parent) / "preview.html"
@@ -155,7 +158,7 @@ def preview(
 
 @data.command()
 def order(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder of shards.")],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder of shards, or a URL, as data.train.")],
     seed: Annotated[int, typer.Option(help="Seed of the order; a run's is run.seed.")] = 0,
     epoch: Annotated[int, typer.Option(min=0, help="Epoch to start in, from 0.")] = 0,
     start: Annotated[int, typer.Option(min=0, help="First place within that epoch, from 0.")] = 0,
@@ -172,12 +175,13 @@ def order(
 ) -> None:
     """Print which samples a run reads at any stretch of its order; or, with --quality, how good that order is."""
     from data_pipeline.block_order import BlockOrder, quality_of
-    from data_pipeline.order import Order
+    from data_pipeline.order import LARGEST, Order
     from data_pipeline.reader import open_dataset, read_order
 
-    folders = datasets_in(path)
-    if folders != [path]:
-        raise ValueError(f"{path} holds {len(folders)} data sets, each with its own order: give {folders[0]}")
+    if "://" not in path:
+        folders = datasets_in(Path(path))
+        if folders != [Path(path)]:
+            raise ValueError(f"{path} holds {len(folders)} data sets, each with its own order: give {folders[0]}")
     dataset = open_dataset(path)
     if start >= len(dataset):
         raise ValueError(f"--start is {start}, but an epoch of {path} has places 0 to {len(dataset) - 1}")
@@ -189,7 +193,13 @@ def order(
         else:
             print(measured)
         return
-    rows = read_order(dataset, run_order, epoch * len(dataset) + start, count)
+    first = epoch * len(dataset) + start
+    if first + count > LARGEST:
+        raise ValueError(
+            f"--epoch {epoch} with --count {count} goes to position {first + count - 1}, and positions stay below "
+            "2^62: give an earlier epoch, or fewer"
+        )
+    rows = read_order(dataset, run_order, first, count)
     if as_json:
         head = {"path": str(path), "fingerprint": dataset.fingerprint, "samples": len(dataset)}
         print_json({**head, "seed": seed, "shuffle": shuffle, "block": block, "rows": rows})

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 
 def filter_command(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder of shards.")],
+    # no Path, which would make one slash of the two in a URL
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder of shards.")],
     out: Annotated[Path, typer.Argument(help="New folder for what is kept, and filters.json.")],
     steps: Annotated[
         list[str] | None,
@@ -43,13 +44,18 @@ def filter_command(
     if not steps:
         known = "\n".join(f"  {step_line(step)}" for step in STEPS.values())
         raise ValueError(f"no --steps: give one or more of\n{known}")
-    parts = [name for name in ("train", "val", "test") if shard_files(path / name)]
-    if parts and not shard_files(path):
-        compare = f", with --against {path / 'test'} to keep the test set out of it" if "test" in parts else ""
-        raise ValueError(f"{path} holds {len(parts)} data sets: give {path / parts[0]}{compare}")
+    if "://" in path:
+        raise ValueError(
+            f"{path} is a URL, and filter reads every byte of a folder here: copy it to this machine, and give the copy"
+        )
+    folder = Path(path)
+    parts = [name for name in ("train", "val", "test") if shard_files(folder / name)]
+    if parts and not shard_files(folder):
+        compare = f", with --against {folder / 'test'} to keep the test set out of it" if "test" in parts else ""
+        raise ValueError(f"{folder} holds {len(parts)} data sets: give {folder / parts[0]}{compare}")
     with progress_bar("filtering") as progress:
         report = run_filters(
-            path, out, parse_steps(steps), against=against, processes=processes, on=ray, progress=progress
+            folder, out, parse_steps(steps), against=against, processes=processes, on=ray, progress=progress
         )
     if as_json:
         print_json({"path": str(out), **report.as_tree()})

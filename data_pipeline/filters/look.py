@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DamagedSampleError, DataError
 from data_pipeline.filters.step import Change, Drop, Outcome, SampleStep, Step
 from data_pipeline.index import INDEX_FILE
 from data_pipeline.parallel import run_jobs
@@ -64,9 +64,14 @@ class Look:
         signatures: dict[int, list[bytes]] = defaultdict(list)
         hashes = []
         for number in samples:
-            sample = self.dataset.read(number)
-            hashes.append(hashlib.blake2b(sample.key.encode("utf-8", "surrogatepass"), digest_size=8).digest())
-            for step, outcome in self._outcomes(sample):
+            try:
+                sample = self.dataset.read(number)
+            except DamagedSampleError as error:
+                key, found = error.key, self._damaged(error)
+            else:
+                key, found = sample.key, self._outcomes(sample)
+            hashes.append(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest())
+            for step, outcome in found:
                 if isinstance(outcome, Drop):
                     ids["drops"][step, outcome.reason].append(number)
                 elif isinstance(outcome, Change):
@@ -79,6 +84,10 @@ class Look:
         rows = {step: np.frombuffer(b"".join(each), np.uint8) for step, each in signatures.items()}
         by_step = {step: array.reshape(len(signatures[step]), -1) for step, array in rows.items()}
         return Found(np.frombuffer(b"".join(hashes), np.uint64), signatures=by_step, **arrays)
+
+    def _damaged(self, error: DamagedSampleError) -> Iterator[tuple[int, Outcome | bytes]]:
+        """The first step drops what is damaged, and no other sees it."""
+        yield from ((number, Drop(UNREADABLE, str(error))) for number in self.only or (0,))
 
     def _outcomes(self, sample: Sample) -> Iterator[tuple[int, Outcome | bytes]]:
         if self.only is None:

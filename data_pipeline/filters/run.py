@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DamagedSampleError, DataError
 from data_pipeline.filters.look import Found, Look, look_at_all, outcomes, what_is_read
 from data_pipeline.filters.report import DatasetName, Example, FilterReport, StepReport
 from data_pipeline.filters.step import Change, Drop, SampleStep, SetStep, Signatures, Step
@@ -247,7 +247,11 @@ class _Again:
     def detail(self, sample: int) -> str:
         """The detail of the drop by this step."""
         last = None
-        for number, outcome in outcomes(self.dataset.read(sample), self.steps):
+        try:
+            read = self.dataset.read(sample)
+        except DamagedSampleError as error:
+            return str(error)
+        for number, outcome in outcomes(read, self.steps):
             if number == self.number:
                 last = outcome
         assert isinstance(last, Drop), "a step judges a sample the same whenever it looks"

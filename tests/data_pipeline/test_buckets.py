@@ -126,6 +126,13 @@ def test_aspects_are_those_of_the_index(dataset: Dataset, tmp_path: Any) -> None
         os.truncate(path, next(shard.bytes for shard in dataset.index.shards if shard.file == path.name))
     copy = open_dataset(folder)
     np.testing.assert_array_equal(copy.aspects(), dataset.aspects())
+    early = tmp_path / "early"  # its tables have none
+    shutil.copytree(dataset.folder, early)
+    for path in early.glob("*.npz"):
+        with np.load(path) as arrays:
+            kept = {name: arrays[name] for name in arrays if name != "aspect"}
+        np.savez(path, allow_pickle=False, **kept)
+    np.testing.assert_array_equal(open_dataset(early).aspects(), dataset.aspects())
     joined = Joined([copy, dataset]).aspects()
     np.testing.assert_array_equal(joined, np.tile(dataset.aspects(), 2))
 
@@ -174,6 +181,10 @@ def test_any_stretch_is_the_same_from_anyone() -> None:
     assert np.concatenate([there.epochs(part) for part in np.split(late, 20)]).tolist() == order.epochs(late).tolist()
     assert there.sample_ids(np.arange(12).reshape(3, 4)).tolist() == whole[:12].reshape(3, 4).tolist()
     assert BucketOrder(made_up(), order.sizes, 64, seed=6).sample_ids(np.arange(640)).tolist() != whole[:640].tolist()
+    for asked in (-7, [5, -7]):  # the number that was asked for, not the step that it lies in
+        for ask in (order.sample_ids, order.epochs):
+            with pytest.raises(ValueError, match="positions count from 0, but -7 was asked for"):
+                ask(np.array(asked))
     with pytest.raises(ValueError, match="positions count from 0"):
         order.sample_ids(np.array([-1]))
 

@@ -421,8 +421,32 @@ def test_a_file_that_is_cut_off_or_something_else(folder: Path) -> None:
             open_dataset(folder)
     length = int.from_bytes(whole[-8:-4], "little")
     path.write_bytes(whole[: -8 - length] + b"\xff" * length + whole[-8:])
-    with pytest.raises(DataError, match=rf"{path} cannot be read as Parquet: "):
+    with pytest.raises(DataError, match=rf"{path} cannot be read as Parquet: ") as caught:
         open_dataset(folder)
+    assert len(str(caught.value).splitlines()) == 1, "what Arrow says ends in a newline"
+    assert not str(caught.value).endswith("\n")
+
+
+def test_no_file_that_is_refused_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+    real = pa.OSFile
+
+    def remembered(path: str) -> Any:
+        opened.append(real(path))
+        return opened[-1]
+
+    monkeypatch.setattr(pa, "OSFile", remembered)
+    whole = write_table(tmp_path / "footer.parquet", image=[picture()], text=["a"])
+    data = whole.read_bytes()
+    length = int.from_bytes(data[-8:-4], "little")
+    whole.write_bytes(data[: -8 - length] + b"\xff" * length + data[-8:])
+    twice = tmp_path / "twice.parquet"
+    pq.write_table(pa.Table.from_arrays([pa.array([b"x"]), pa.array([b"x"])], names=["image", "image"]), twice)
+    lacking = write_table(tmp_path / "lacking.parquet", image=[picture()])
+    for number, path in enumerate((whole, twice, lacking), 1):
+        with pytest.raises(DataError):
+            open_dataset(path)
+        assert [file.closed for file in opened] == [True] * number
 
 
 def test_a_file_that_changes_under_a_run(folder: Path) -> None:
@@ -466,6 +490,7 @@ def test_a_damaged_row_group_costs_its_rows(folder: Path, workers: int) -> None:
     with pytest.raises(DamagedSampleError, match=where) as caught:
         dataset.read(lost[1])
     assert caught.value.key == dataset.key(lost[1])
+    assert "\n" not in str(caught.value)
     assert dataset.read(lost[0] - 1).key == "train-00001-of-00003/7"
     (found,) = batches(dataset, Order(SAMPLES, SEED), stop_step=4, workers=workers)
     corrupt = {bad.sample: bad.reason for batch in found for bad in batch.corrupt}
@@ -519,6 +544,63 @@ def test_a_folder_a_file_a_pattern(folder: Path) -> None:
     for nothing in (folder / "tra.parquet", folder / "x*.parquet", folder / "nowhere" / "a.parquet"):
         with pytest.raises(FileNotFoundError, match="there is no such Parquet file"):
             open_dataset(nothing)
+
+
+@pytest.mark.parametrize(
+    ("names", "splits", "pattern"),
+    [
+        (("coco_train", "coco_test"), "test, train", "*train*.parquet"),
+        (("a-Validation-0", "a-TRAIN-0"), "train, validation", "*TRAIN*.parquet"),
+        (("test0", "train0", "train1"), "test, train", "train*.parquet"),
+        (("val-0", "dev-0"), "dev, val", "dev*.parquet"),
+        (("test_set_train", "test_set_val"), "test-train, test-val", "test*train*.parquet"),
+        (("train-0", "train-dev-0"), "train, train-dev", "train*dev*.parquet"),  # train* would take both
+        (("train0", "retrain_val"), "val, train", "train*.parquet"),
+    ],
+)
+def test_splits_are_told_by_words_of_the_names(
+    tmp_path: Path, names: tuple[str, ...], splits: str, pattern: str
+) -> None:
+    for name in names:
+        write_table(tmp_path / "s" / f"{name}.parquet", image=[picture()], caption=["a"])
+    with pytest.raises(ValueError, match="files of several splits") as caught:
+        open_dataset(tmp_path / "s")
+    said = str(caught.value)
+    assert said.endswith(f"give one, as {tmp_path / 's' / pattern}")
+    assert sorted(said[said.index("(") + 1 : said.index(")")].split(", ")) == sorted(splits.split(", "))
+    assert 0 < len(open_dataset(tmp_path / "s" / pattern)) < len(names)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("coco_train_0", "coco_train_1"),
+        ("a", "b_test"),
+        ("trains", "latest", "devil", "interval", "contest"),
+        ("train_test_0", "train_test_1"),
+    ],
+)
+def test_names_of_one_split_or_none_are_one_data_set(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        write_table(tmp_path / f"{name}.parquet", image=[picture()], caption=["a"])
+    assert len(open_dataset(tmp_path)) == len(names)
+
+
+def test_a_name_that_could_be_a_pattern(tmp_path: Path) -> None:
+    for name in ("a[1].parquet", "what?.parquet", "b*.parquet", "b2.parquet"):
+        write_table(tmp_path / name, image=[picture()], caption=[name])
+    for name in ("a[1].parquet", "what?.parquet", "b*.parquet"):
+        dataset = open_dataset(tmp_path / name)
+        assert [dataset.read(number).captions() for number in range(len(dataset))] == [(name,)]
+    assert len(open_dataset(tmp_path / "b?.parquet")) == 2
+
+
+def test_files_whose_rows_would_have_the_same_keys(tmp_path: Path) -> None:
+    for name in ("a.parquet", "a.pq", "b.pq"):
+        write_table(tmp_path / name, image=[picture()], caption=["a"])
+    with pytest.raises(ValueError, match=r"a\.parquet and a\.pq beside it .* the same keys: rename one"):
+        open_dataset(tmp_path)
+    assert len(open_dataset(tmp_path / "*.pq")) == 2
 
 
 def test_parquet_beside_tars_is_not_read(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.index import load_index
 from data_pipeline.order import Order
 from data_pipeline.reader import open_dataset
+from data_pipeline.remote import Cache
 from pretrain.cli import main
 from pretrain.data_commands import data, datasets_in
 
@@ -231,6 +232,60 @@ def test_order_prints_what_a_run_reads(parent: Path) -> None:
 def test_order_without_shuffling(parent: Path) -> None:
     rows = run_json("order", parent / "train", "--no-shuffle", "--count", 8)["rows"]
     assert [row["sample"] for row in rows] == [0, 1, 2, 3, 4, 5, 6, 0]
+
+
+def test_order_of_a_url_is_that_of_the_folder(parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(open_dataset, "__defaults__", (Cache(tmp_path / "cache"),))
+    url = f"file://{parent / 'train'}"
+    tree = run_json("order", url)
+    assert tree.pop("path") == url
+    assert tree == {name: value for name, value in run_json("order", parent / "train").items() if name != "path"}
+    assert main(["data", "order", "nonsense://bucket/set"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [(["preview"], "`weft data stats"), (["filter", "--steps", "captions", "out"], "copy it to this")],
+)
+def test_a_url_is_refused_in_a_sentence(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", words[0], "s3://bucket/set", *words[3:], *words[1:3]]) == 2
+    said = capsys.readouterr().err
+    assert "s3://bucket/set is a URL, and " in said
+    assert says in said
+    assert len(said.splitlines()) == 1
+
+
+def test_order_beyond_the_last_position(parent: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    last = (1 << 62) - 1
+    words = ["order", parent / "train", "--epoch", last // 7, "--start", last % 7, "--count"]
+    assert run_json(*words, 1)["rows"][0]["position"] == last
+    for epoch, count in ((last // 7, 8), (10**18 - 1, 1), (10**30, 1)):
+        assert main(["data", "order", str(parent / "train"), "--epoch", str(epoch), "--count", str(count)]) == 2
+        said = capsys.readouterr().err
+        assert f"--epoch {epoch} with --count {count} goes to position" in said
+        assert "positions stay below 2^62" in said
+        assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("address", ["a..b:6379", f"{'a' * 70}.example:6379", "127.0.0.1:99999999999999999999"])
+def test_no_ray_at_an_address_that_is_none(address: str) -> None:
+    pytest.importorskip("ray")
+    from data_pipeline.ray_cluster import connect
+
+    with pytest.raises(DataError, match=rf"there is no Ray cluster at {address} \(.+\)"):
+        connect(address)
+
+
+def test_no_ray_and_no_word_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    from data_pipeline.ray_cluster import connect
+
+    def refuse(**settings: Any) -> None:
+        raise ConnectionError
+
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(DataError, match=r"there is no Ray cluster at auto \(ConnectionError\)"):
+        connect("auto")
 
 
 def test_order_is_of_one_data_set_and_within_its_epoch(parent: Path) -> None:

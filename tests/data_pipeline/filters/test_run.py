@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import re
 import tempfile
 import zlib
 from collections.abc import Callable
@@ -27,7 +28,8 @@ from data_pipeline.filters import (
     parse_steps,
     run_filters,
 )
-from data_pipeline.index import shard_files
+from data_pipeline.filters.look import UNREADABLE
+from data_pipeline.index import load_index, shard_files
 from data_pipeline.sample import Sample
 
 ReadAll = Callable[[Path], list[Sample]]
@@ -284,6 +286,21 @@ def test_a_damaged_shard_is_an_error_and_not_a_dropped_sample(source: Path, tmp_
     with pytest.raises(DataError, match=shard.name):
         run_filters(source, tmp_path / "out", [Multiples(2)], processes=1)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_sample_is_dropped_by_the_first_step(source: Path, tmp_path: Path, read_all: ReadAll) -> None:
+    load_index(source)
+    shard = shard_files(source)[0]
+    data = bytearray(shard.read_bytes())
+    data[data.index(b"text of 3")] ^= 1
+    shard.write_bytes(data)
+    report = run_filters(source, tmp_path / "out", [Multiples(5), Mark("a")], processes=2)
+    adds_up(report)
+    assert report.steps[0].reasons == {"divides by 5": 4, UNREADABLE: 1}
+    (example,) = (each for each in report.steps[0].examples if each.reason == UNREADABLE)
+    assert example.key == "3"
+    assert re.search(rf"{shard.name} is damaged: bytes \d+ to \d+, its 'txt'", example.detail)
+    assert "3" not in {sample.key for sample in read_all(tmp_path / "out")}
 
 
 def test_equal_keys_of_several_shards_are_told_before_they_would_come_into_one(tmp_path: Path) -> None:
