@@ -81,7 +81,7 @@ def test_rows_that_cannot_be_used_are_counted(folder, run):
 
 
 def test_a_row_with_too_many_cells_is_skipped(folder, run):
-    rows = ["images/0.png,a cat", "", "images/1.png,a cat, asleep, on a mat", 'images/2.png,"a dog, awake"']
+    rows = ["images/0.png,a cat", "", "images/1.png,a cat, asleep, on a mat", 'images/2.png,"a dog, awake", ,']
     samples, skipped = run(write(folder, "image,caption\n" + "\n".join(rows)))
     assert {name: sample.captions() for name, sample in samples.items()} == {
         "images/0.png": ("a cat",),
