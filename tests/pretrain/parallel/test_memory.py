@@ -49,15 +49,15 @@ WORLDS: dict[int, list[tuple[str, list[str]]]] = {
 
 def living() -> int:
     """Bytes of all tensors of this process, once threads have let go of those that they have sent."""
-    readings = []
-    for _ in range(5):
+    gc.collect()
+    readings = [_living()]
+    for _ in range(2):
+        time.sleep(0.1)
         readings.append(_living())
-        time.sleep(0.05)
     return min(readings)
 
 
 def _living() -> int:
-    gc.collect()
     storages = {}
     for each in gc.get_objects():
         if isinstance(each, torch.Tensor):
@@ -82,10 +82,10 @@ def measure(rank: int, world: int) -> list[dict[str, Any]]:
             held.append(living() - before)
             update(zero)
 
-        Zero._update = look_and_update  # type: ignore[method-assign]
         first = ranks.dp_rank * layout.share
         batch = made_up_batch(0).rows(slice(first, first + layout.share))
         engine.step(batch, 1e-3)
+        Zero._update = look_and_update  # type: ignore[method-assign]
         with SavedBytes(engine.model.parameters()) as saved:
             engine.step(batch, 1e-3)
         Zero._update = update  # type: ignore[method-assign]
