@@ -8,11 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 import webdataset
 from PIL import Image
+from torch.nn.functional import normalize
 
-from data_pipeline import Sample, open_dataset
+from data_pipeline import BatchMaker, ImageTransform, Loader, Order, Sample, TextTransform, Tokenizer, open_dataset
 from data_pipeline.check import check_dataset
+from data_pipeline.sound import AudioTransform
+from kernels import contrastive_loss
 
 MakeImage = Callable[..., bytes]
 MakeSound = Callable[..., bytes]
@@ -75,6 +79,8 @@ def put(tmp_path: Path) -> Callable[[str, object], Path]:
 def examine(read_all: Callable[[Path], list[Sample]]) -> Callable[..., dict[str, dict[str, Sample]]]:
     """examine(out) -> set -> id -> sample, after `check` has found nothing and plain webdataset has read the same.
 
+    A model has trained on it for a step, too.
+
     `but`: what the reasons that `check` may give have in them.
     """
 
@@ -94,8 +100,37 @@ def examine(read_all: Callable[[Path], list[Sample]]) -> Callable[..., dict[str,
                 assert sample.captions()
                 assert sample.fields["txt"].decode() == sample.captions()[0]
                 assert set(sample.metadata()["provenance"]) == {"source", "licence", "id"}
+            assert train_a_step(folder), f"nothing of {folder} was learned from"
             found[folder.name] = {str(sample.metadata()["provenance"]["id"]): sample for sample in samples}
             assert len(found[folder.name]) == len(samples)
         return found
 
     return look
+
+
+def train_a_step(folder: Path) -> bool:
+    """One step of a small contrastive model on pictures or sounds and their captions: whether it moved them."""
+    dataset = open_dataset(folder)
+    first = [dataset.read(number) for number in range(len(dataset))]
+    tokenizer = Tokenizer.train([caption for sample in first for caption in sample.captions()], 300)
+    has_image, has_sound = (any(getattr(each, f"{kind}_field") for each in first) for kind in ("image", "audio"))
+    maker = BatchMaker(
+        dataset,
+        ImageTransform(16) if has_image else None,
+        TextTransform(tokenizer, 12),
+        0,
+        training=True,
+        audio=AudioTransform(frames=20, mels=16) if has_sound else None,
+        optional=frozenset(name for name, there in (("image", has_image), ("audio", has_sound)) if there),
+    )
+    (batch,) = Loader(maker, Order(len(dataset), 0), global_batch=min(4, len(dataset)), stop_step=1)
+    torch.manual_seed(0)
+    seen = torch.cat([batch.image.flatten(1) / 255.0, batch.audio.flatten(1)], 1)
+    tower, words = torch.nn.Linear(seen.shape[1], 8), torch.nn.EmbeddingBag(300, 8)
+    optimizer = torch.optim.AdamW([*tower.parameters(), *words.parameters()], lr=1e-3)
+    loss = contrastive_loss(normalize(tower(seen)), normalize(words(batch.text)), torch.tensor(10.0))
+    loss = loss + (tower(seen) - words(batch.text)).square().mean()  # a single pair has no negatives to learn from
+    loss.backward()
+    before = tower.weight.detach().clone()
+    optimizer.step()
+    return bool(loss.isfinite()) and bool((tower.weight != before).any())

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from data_pipeline import BatchMaker, ImageTransform, Loader, Order, TextTransform, Tokenizer, open_dataset
 from data_pipeline.errors import DataError
 from data_pipeline.importers.coco import import_coco
 
@@ -77,6 +78,20 @@ def test_five_captions_published_split_and_licences(coco, tmp_path, examine, ima
         "provenance": {"source": "COCO 2017 captions", "licence": "Attribution License", "id": 25},
     }
     assert sets["train"]["30"].metadata()["provenance"]["licence"] == "Attribution-NonCommercial-ShareAlike"
+
+
+def test_all_five_captions_are_used_over_epochs(coco, tmp_path):
+    import_coco(coco, tmp_path / "out", processes=0)
+    dataset = open_dataset(tmp_path / "out" / "train")
+    captions = [dataset.read(number).captions() for number in range(len(dataset))]
+    tokenizer = Tokenizer.train(sum(captions, ()), 400)
+    maker = BatchMaker(dataset, ImageTransform(8), TextTransform(tokenizer, 24), 0, training=True)
+    seen = {number: set() for number in range(len(dataset))}
+    for batch in Loader(maker, Order(len(dataset), 0), global_batch=len(dataset), stop_step=60):  # as many epochs
+        for sample, tokens in zip(batch.sample.tolist(), batch.text.tolist(), strict=True):
+            seen[sample].add(tuple(tokens))
+    for number, written in enumerate(captions):
+        assert seen[number] == {tuple(tokenizer.encode(caption, 24).tolist()) for caption in written}
 
 
 def test_what_cannot_be_used_is_told(coco, put, tmp_path, examine, image_bytes):
