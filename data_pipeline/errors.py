@@ -18,3 +18,8 @@ class DamagedSampleError(DataError):
 
     def __str__(self) -> str:
         return str(self.args[1])
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line: those of Arrow and Ray go on, or end in a line break."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -168,8 +168,8 @@ def _no_garbage_to_inherit() -> Iterator[None]:
     """What is forked here collects nothing that was there before.
 
     Garbage of the trainer may have threads behind it, as process groups of an earlier run do: destroyed in a worker,
-    which has no such threads, it ends the worker with a segmentation fault. It is collected here and now, too: at some
-    moment in the middle of a step it may have to wait for threads that wait for this one.
+    which has no such threads, it ends the worker with a segmentation fault. So it is
+    collected, and what is left is frozen: never looked at there.
     """
     gc.collect()
     gc.freeze()

@@ -35,7 +35,7 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, first_line
 
 Result = TypeVar("Result")
 Job = tuple[Any, ...]
@@ -245,7 +245,7 @@ def _answers(
                     raise cause from error  # the function's own
                 failures[number] += 1  # a worker or a node was lost, or with it the result
                 if failures[number] == ATTEMPTS:
-                    why = str(cause).strip().partition("\n")[0] or type(cause).__name__
+                    why = first_line(cause)
                     raise DataError(
                         f"job {number + 1} of {len(jobs)} was lost {ATTEMPTS} times on the Ray at {on} ({why}): it "
                         "ends its workers, or they lack what it needs, such as this version of weft"

@@ -38,7 +38,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.errors import DamagedSampleError, DataError
+from data_pipeline.errors import DamagedSampleError, DataError, first_line
 from data_pipeline.index import INDEX_FILE, Index, ShardEntry, shard_files
 from data_pipeline.parquet_columns import Columns, check_columns, class_names, find_columns, is_json
 from data_pipeline.remote import is_url
@@ -73,7 +73,7 @@ def open_parquet(path: str | Path) -> tuple[ParquetFiles, Index]:
         )
     path = Path(path)
     paths = _paths(path)
-    _pyarrow(path)
+    load_pyarrow(path)
     entries, first, columns = [], None, Columns(None, None, None)
     for each in paths:
         with closing(_File(each)) as file:
@@ -120,7 +120,7 @@ class ParquetFiles:
         except (file.arrow.ArrowException, OSError, UnicodeDecodeError) as error:
             self._open.pop(entry.file).close()
             self._file(entry)  # a file that is gone, or changed while it was open, says so
-            raise DamagedSampleError(key, f"{where} cannot be read: {_reason(error)}") from error
+            raise DamagedSampleError(key, f"{where} cannot be read: {first_line(error)}") from error
         return Sample(key, self._fields(values, file, f"{where} is damaged", key))
 
     def close(self) -> None:
@@ -203,7 +203,7 @@ class _File:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.arrow, parquet = _pyarrow(path)
+        self.arrow, parquet = load_pyarrow(path)
         self._columns: list[str] = []
         with ExitStack() as unless_whole:
             try:
@@ -218,7 +218,7 @@ class _File:
             except FileNotFoundError as error:
                 raise DataError(f"{path} is missing: there is no such file") from error
             except (self.arrow.ArrowException, OSError) as error:
-                raise DataError(f"{path} cannot be read as Parquet: {_reason(error)}") from error
+                raise DataError(f"{path} cannot be read as Parquet: {first_line(error)}") from error
             twice = next((name for name in self.schema.names if self.schema.names.count(name) > 1), None)
             if twice is not None:
                 raise DataError(f"{path} has the column {twice!r} twice: give it columns of different names")
@@ -304,11 +304,6 @@ def _refuse_several_splits(folder: Path, paths: list[Path]) -> None:
     raise ValueError(f"{folder} holds files of several splits ({', '.join(splits)}): give one, as {folder / pattern}")
 
 
-def _reason(error: Exception) -> str:
-    """The first line of what Arrow says, which ends in a newline, or goes on with where in its source."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
 def _files_in(folder: Path) -> list[Path]:
     return sorted(each for each in folder.iterdir() if each.suffix.lower() in EXTENSIONS and each.name[0] not in "._")
 
@@ -366,7 +361,7 @@ def _json(tree: dict[str, Any]) -> bytes:
     return text.encode("utf-8", "backslashreplace")  # half a character stays the escape that it was
 
 
-def _pyarrow(path: Path) -> tuple[Any, Any]:
+def load_pyarrow(path: Path) -> tuple[Any, Any]:
     """pyarrow and its module for Parquet; ValueError that says how to get them, for reading `path`."""
     try:
         import pyarrow

@@ -20,7 +20,7 @@ from typing import Any
 
 import ray
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, first_line
 
 NAMESPACE = "weft"
 LONGEST_PLACE = 24  # characters of a folder for temporary files in which Ray's sockets still have a place
@@ -52,7 +52,7 @@ def connect(address: str, processors: int = 2, store_bytes: int | None = None) -
     try:
         context: Any = ray.init(address=address, **settings)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
         raise DataError(f"there is no Ray cluster at {address} ({reason})") from error
     return str(context.address_info["gcs_address"])
 

@@ -21,7 +21,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from data_pipeline.batch import Batch, BatchMaker, Share
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, first_line
 from data_pipeline.order import ReadingOrder
 from data_pipeline.ray_pool import DEFAULT_TIMES, Hand, Parcel, Pool, Times
 
@@ -153,7 +153,7 @@ class RayLoader:
             except RayTaskError:
                 raise  # a mistake of ours, not of a machine
             except RayError as error:
-                failure = str(error).partition("\n")[0] or type(error).__name__
+                failure = first_line(error)
             if not request.answered:
                 pool.done(request.hand)
             if failure:

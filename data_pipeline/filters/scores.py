@@ -21,9 +21,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, first_line
 from data_pipeline.filters.step import Change, Drop, Outcome, Removed, SampleStep, SetStep, Signatures
 from data_pipeline.filters.texts import dump
+from data_pipeline.parquet import load_pyarrow
 from data_pipeline.sample import Sample
 
 PARQUET_EXTENSIONS = (".parquet", ".pq")
@@ -210,13 +211,7 @@ def _json_rows(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _parquet_rows(table: Path, column: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ValueError(
-            f"reading {table} needs pyarrow, which is not installed: pip install 'weft[parquet]'"
-        ) from error
+    arrow, parquet = load_pyarrow(table)
     try:
         file = parquet.ParquetFile(table, page_checksum_verification=True)
         there = [name for name in file.schema_arrow.names if name in ("key", column)]
@@ -229,8 +224,8 @@ def _parquet_rows(table: Path, column: str) -> Iterator[tuple[str, dict[str, Any
             for row in batch.to_pylist():
                 number += 1
                 yield f"row {number}", row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{table} is damaged: {error}") from error
+    except (arrow.ArrowException, OSError) as error:
+        raise DataError(f"{table} is damaged: {first_line(error)}") from error
 
 
 @lru_cache(maxsize=8)

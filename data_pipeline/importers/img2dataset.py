@@ -21,10 +21,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Unpack
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, first_line
 from data_pipeline.importers.gather import Gathered, Options, run_import
 from data_pipeline.importers.split import Imported
-from data_pipeline.importers.table import NOT_UTF8, Cell, first_line, load_pyarrow, read_place
+from data_pipeline.importers.table import NOT_UTF8, Cell, read_place
+from data_pipeline.parquet import load_pyarrow
 
 TOLD = ("status", "error_message", "url")
 CAPTIONS = ("caption", "txt")

@@ -20,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, first_line
 from data_pipeline.importers.annotations import LONGEST_VALUE, csv_reason
 from data_pipeline.importers.gather import NO_CAPTION, NO_FILE, locate
 from data_pipeline.importers.image import image_field
@@ -33,6 +33,7 @@ from data_pipeline.importers.split import (
     refuse_existing,
     write_split,
 )
+from data_pipeline.parquet import load_pyarrow
 from data_pipeline.parquet_columns import TEXT
 from data_pipeline.sample import Skipped
 from data_pipeline.shards import Progress
@@ -243,11 +244,6 @@ def _parquet_rows(table: Path, image_column: str | None, caption_column: str | N
         raise DataError(f"{where} is damaged: {first_line(error)}") from error
 
 
-def first_line(error: Exception) -> str:
-    """What an error says, in one line: some of Arrow's go on, or end in a line break."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def _holds_bytes(kind: Any, column: str, table: Path) -> bool:
     """Whether an Arrow type is that of images and not of their paths; ValueError when it is neither."""
     kind = kind.value_type if hasattr(kind, "index_type") else kind  # of a dictionary
@@ -296,18 +292,6 @@ def _column_of_group(table: Path, column: str, group: int) -> Any:
         return file.read_row_group(group, [column], use_threads=False).column(0)
     except (arrow.ArrowException, OSError) as error:
         return DataError(f"row group {group} of {table.name} is damaged: {first_line(error)}")
-
-
-def load_pyarrow(table: Path) -> tuple[Any, Any]:
-    """pyarrow and its module for Parquet; ValueError that says how to get it, for reading `table`."""
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ValueError(
-            f"reading {table} needs pyarrow, which is not installed: pip install 'weft[parquet]'"
-        ) from error
-    return pyarrow, parquet
 
 
 def _captions(value: Any) -> tuple[str, ...]:
