@@ -159,7 +159,7 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
 def deepspeed_config(recipe: Recipe, layout: Layout, parameters: int) -> dict[str, Any]:
     """DeepSpeed's own settings for a recipe and a model of so many parameters; what weft decides itself is left out."""
     # gradients are copied into a bucket of this many numbers, made anew each step: never larger than they all are
-    bucket = min(parameters, LARGEST_BUCKET)
+    bucket = min(parameters + parameters % 2, LARGEST_BUCKET)  # stage_1_and_2.py:390 wants an even number
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": layout.micro_batch,
         "gradient_accumulation_steps": layout.microbatches,
