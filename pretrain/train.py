@@ -10,23 +10,18 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-
-import torch.distributed as dist
+from contextlib import ExitStack, suppress
 
 import kernels
-from data_pipeline import Dataset, Joined, Tokenizer
-from data_pipeline.errors import DamagedSampleError
+from data_pipeline import Dataset, Joined
 from data_pipeline.index import written_whole
 from pretrain import run_folder
-from pretrain.checkpoint.format import Checkpoint, step_folder
+from pretrain.checkpoint.format import TOKENIZER, Checkpoint, step_folder
 from pretrain.checkpoint.load import restore_checkpoint, whole_checkpoint
 from pretrain.checkpoint.save import Saver
 from pretrain.config import Recipe
-from pretrain.errors import RequestError, WeftError
+from pretrain.errors import WeftError
 from pretrain.evaluation.evaluate import evaluate, summary
 from pretrain.flops import peak_tflops, training_flops_per_sample
 from pretrain.guard import Guard
@@ -39,10 +34,10 @@ from pretrain.parallel.layout import Layout
 from pretrain.preflight import check
 from pretrain.quarantine import Quarantine
 from pretrain.schedule import learning_rate
+from pretrain.signals import stop_on_signal
 from pretrain.sources import picture_aspects, reading_order, samples_read, shapes_of
+from pretrain.tokenizer import tokenizer_of
 from pretrain.watchdog import Watchdog, collective_timeout
-
-CAPTIONS_FOR_TOKENIZER = 200_000
 
 
 def train(recipe: Recipe, command: str) -> int:
@@ -87,7 +82,7 @@ def _train(
         start = checkpoint.step if checkpoint else 0
     if ranks.is_first:
         run_folder.begin(recipe, layout, dataset.fingerprint, start)
-    tokenizer = _tokenizer(recipe, dataset, checkpoint, ranks)
+    tokenizer = tokenizer_of(recipe, dataset, checkpoint and checkpoint.path / TOKENIZER, ranks)
 
     model = build_model(recipe, layout, ranks)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -113,7 +108,7 @@ def _train(
         stack.callback(engine.close)
         log = stack.enter_context(RunLog(run, start)) if ranks.is_first else None
         batches = stack.enter_context(ingest(recipe, dataset, order, tokenizer, ranks, start, stop))
-        stop_signal = stack.enter_context(_stop_on_signal())
+        stop_signal = stack.enter_context(stop_on_signal())
         clock = Clock()
         saver = stack.enter_context(Saver(engine, run, recipe, tokenizer, dataset.fingerprint))
         for step in range(start, stop):
@@ -196,64 +191,3 @@ def _train(
     if ranks.is_first:
         line.say(f"trained to step {stop} in {duration(time.perf_counter() - clock.began)}: {step_folder(run, stop)}")
     return 0
-
-
-def _tokenizer(recipe: Recipe, dataset: Dataset | Joined, checkpoint: Checkpoint | None, ranks: Ranks) -> Tokenizer:
-    """The checkpoint's, the one the recipe names, or one trained now on the data's captions; saved with the run."""
-    path = recipe.run.dir / "tokenizer.json"
-    if checkpoint:
-        return Tokenizer.load(checkpoint.path / "tokenizer.json")
-    limit, context = recipe.model.text.vocab_size, recipe.model.text.context
-    if ranks.is_first:
-        captions = _captions(dataset)
-        if recipe.data.tokenizer:
-            made = Tokenizer.load(recipe.data.tokenizer)
-        else:
-            made = Tokenizer.train(captions, limit)
-        made.save(path)
-        cut = sum(made.length(caption) > context for caption in captions)
-        if cut:
-            print(
-                f"{cut} of {len(captions)} captions are longer than model.text.context={context} tokens "
-                "and will be cut",
-                file=sys.stderr,
-            )
-    dist.barrier(group=ranks.control_group)
-    tokenizer = Tokenizer.load(path)
-    if tokenizer.vocab_size > limit:
-        raise RequestError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, more than model.text.vocab_size={limit}: "
-            f"set model.text.vocab_size={tokenizer.vocab_size} or more"
-        )
-    return tokenizer
-
-
-def _captions(dataset: Dataset | Joined) -> list[str]:
-    """The captions of at most CAPTIONS_FOR_TOKENIZER samples, evenly spread; unreadable ones left out."""
-    every = -(-len(dataset) // CAPTIONS_FOR_TOKENIZER)
-    captions: list[str] = []
-    for sample in range(0, len(dataset), every):
-        try:
-            captions += dataset.read(sample).captions()
-        except DamagedSampleError:
-            continue  # named when training meets it
-    return captions
-
-
-@contextmanager
-def _stop_on_signal() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of dying of them; a single process gives up at the second Ctrl-C."""
-    received: list[int] = []
-
-    def note(number: int, _: object) -> None:
-        # with several ranks the terminal and the launcher both pass on the same Ctrl-C
-        if received and number == signal.SIGINT and world_size() == 1:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,0 +1,74 @@
+"""The tokenizer of a run: the checkpoint's, the one the recipe names, or one trained on the captions of the data.
+
+The first rank makes it and tells the others, so that all have the same wherever their files are.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from data_pipeline import Dataset, Joined, Tokenizer
+from data_pipeline.errors import DamagedSampleError
+from pretrain.config import Recipe
+from pretrain.errors import RequestError
+from pretrain.parallel.groups import Ranks
+
+CAPTIONS_FOR_TOKENIZER = 200_000
+
+
+def tokenizer_of(recipe: Recipe, dataset: Dataset | Joined, given: Path | None, ranks: Ranks) -> Tokenizer:
+    """The tokenizer of the run, the same on every rank; saved in the run folder. `given`: of a checkpoint.
+
+    What goes wrong on the first rank is raised on every rank; RequestError for one that does not fit the model.
+    """
+    told: list[str | Exception] = [""]
+    if ranks.is_first:
+        try:
+            told = [_made(recipe, dataset, given).to_json()]
+        except (ValueError, OSError, RuntimeError) as error:
+            told = [error.with_traceback(None)]
+    if ranks.world > 1:
+        dist.broadcast_object_list(told, src=0, group=ranks.control_group)
+    if isinstance(told[0], Exception):
+        raise told[0]
+    tokenizer = Tokenizer(str(told[0]))
+    limit = recipe.model.text.vocab_size
+    if tokenizer.vocab_size > limit:
+        raise RequestError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, more than model.text.vocab_size={limit}: "
+            f"set model.text.vocab_size={tokenizer.vocab_size} or more"
+        )
+    return tokenizer
+
+
+def _made(recipe: Recipe, dataset: Dataset | Joined, given: Path | None) -> Tokenizer:
+    if given:
+        made = Tokenizer.load(given)
+        made.save(recipe.run.dir / "tokenizer.json")
+        return made
+    limit, context = recipe.model.text.vocab_size, recipe.model.text.context
+    captions = _captions(dataset)
+    made = Tokenizer.load(recipe.data.tokenizer) if recipe.data.tokenizer else Tokenizer.train(captions, limit)
+    made.save(recipe.run.dir / "tokenizer.json")
+    cut = sum(made.length(caption) > context for caption in captions)
+    if cut:
+        print(
+            f"{cut} of {len(captions)} captions are longer than model.text.context={context} tokens and will be cut",
+            file=sys.stderr,
+        )
+    return made
+
+
+def _captions(dataset: Dataset | Joined) -> list[str]:
+    """The captions of at most CAPTIONS_FOR_TOKENIZER samples, evenly spread; unreadable ones left out."""
+    every = -(-len(dataset) // CAPTIONS_FOR_TOKENIZER)
+    captions: list[str] = []
+    for sample in range(0, len(dataset), every):
+        try:
+            captions += dataset.read(sample).captions()
+        except DamagedSampleError:
+            continue  # named when training meets it
+    return captions
