@@ -82,7 +82,7 @@ def _train(
         start = checkpoint.step if checkpoint else 0
     if ranks.is_first:
         run_folder.begin(recipe, layout, dataset.fingerprint, start)
-    tokenizer = tokenizer_of(recipe, dataset, checkpoint and checkpoint.path / TOKENIZER, ranks)
+    tokenizer = tokenizer_of(recipe, dataset, checkpoint.path / TOKENIZER if checkpoint else None, ranks)
 
     model = build_model(recipe, layout, ranks)
     parameters = sum(parameter.numel() for parameter in model.parameters())
