@@ -64,16 +64,16 @@ PUBLISHED = {
 
 @importers.command("folder")
 def import_folder_command(
-    path: Annotated[Path, typer.Argument(help="Folder of pictures.")],
+    path: Annotated[Path, typer.Argument(help="Folder of images.")],
     out: Out,
     licence: Licence = None,
-    test_share: TestShare = 0.1,
+    test_share: NewShare = None,
     seed: Seed = 0,
     processes: Processes = None,
     ray: Ray = None,
     as_json: Json = False,
 ) -> None:
-    """Import a folder of pictures with a .txt of the same name beside each, or one folder a class."""
+    """Import a folder of images with captions: .txt, .caption or .json beside each, a table, or one folder a class."""
     from data_pipeline.importers.folder import import_folder
 
     with progress_bar("importing") as progress:
@@ -94,8 +94,11 @@ def import_folder_command(
 def import_table_command(
     file: Annotated[Path, typer.Argument(help="The table.")],
     out: Out,
-    image_column: Annotated[str | None, typer.Option(help="Column of the pictures; default: found by name.")] = None,
+    image_column: Annotated[str | None, typer.Option(help="Column of the images; default: found by name.")] = None,
     caption_column: Annotated[str | None, typer.Option(help="Column of the captions; default: found by name.")] = None,
+    quotes: Annotated[
+        bool, typer.Option("--quotes/--no-quotes", help="Whether quotes in a CSV or TSV are marks or letters.")
+    ] = True,
     licence: Licence = None,
     test_share: TestShare = 0.1,
     seed: Seed = 0,
@@ -103,7 +106,7 @@ def import_table_command(
     ray: Ray = None,
     as_json: Json = False,
 ) -> None:
-    """Import a table (CSV, TSV or Parquet) with a column of pictures and one of captions."""
+    """Import a table (CSV, TSV or Parquet) with a column of images and one of captions."""
     from data_pipeline.importers.table import import_table
 
     with progress_bar("importing") as progress:
@@ -112,6 +115,7 @@ def import_table_command(
             out,
             image_column=image_column,
             caption_column=caption_column,
+            quotes=quotes,
             licence=licence,
             test_share=test_share,
             seed=seed,
@@ -156,7 +160,9 @@ def import_tuxpaint_command(
 
 def show_imported(out: Path, imported: Imported, as_json: bool) -> None:
     """What an import wrote, and whether it was there already."""
-    show_written(out, imported.parts, as_json, {"already": imported.already})
+    show_written(out, imported.parts, as_json, {"already": imported.already, "notes": list(imported.notes)})
+    for note in () if as_json else imported.notes:
+        print(note)
     if imported.already and not as_json:
         print(f"{out} was there already, from the same source: nothing was changed")
 

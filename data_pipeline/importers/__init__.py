@@ -1,7 +1,7 @@
 """Bring other people's data in -> OUT/train and OUT/test, and OUT/val where a data set has three parts.
 
 Each importer is one module with one function, `import_<name>(source, out, ...) -> Imported`:
-  folder.py       images with a .txt beside each, or one folder a class
+  folder.py       images with captions beside them or in a table (caption_files.py), or in one folder a class
   table.py        CSV, TSV or Parquet with a column of images and one of captions
   tuxpaint.py     real pictures with captions in 70 languages and speech, from Debian's tuxpaint-stamps-default
   coco.py  flickr30k.py  img2dataset.py          published data sets: images with captions,
@@ -12,7 +12,8 @@ What they share:
   gather.py       finding the files that annotations name, provenance, one way to run an importer
   annotations.py  JSON, JSON lines, CSV, of which nothing is trusted
   image.py sound.py questions.py                 bytes -> field; the form of questions
-  split.py        keys, the split, writing
+  captions.py leftovers.py                       what is no caption; what is left out, which is always told
+  split.py hold_out.py                           keys, the split, writing; what is held out
 
 Another published data set is one more function that gathers: see gather.py, which has one to start from. Whatever else
 there is to import lists `Candidate`s (a name, captions, and a `place`, which is anything picklable that says where the

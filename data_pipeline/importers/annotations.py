@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +22,9 @@ Value = TypeVar("Value")
 
 LONGEST_VALUE = 1 << 24  # characters of one value in a CSV; the csv module's own limit is 131072
 LONGEST_MEMBER = 1 << 26  # characters of one member of a JSON object that is read bit by bit
+SWALLOWED = (
+    "a quote closes there that was opened rows before, with a row inside it ({!r}): write a quote in a text twice"
+)
 CHUNK = 1 << 20  # characters read at once
 
 
@@ -96,6 +102,7 @@ def rows(
         )
         with _told(path):
             there = list(reader.fieldnames or ())
+        refuse_twice(there, path)
         missing = [column for column in columns if column not in there]
         if missing:
             has = ", ".join(map(repr, there)) or "of an empty file"
@@ -110,7 +117,48 @@ def rows(
             if any(cell.strip() for cell in more):
                 cells = f"{len(there) + len(more)} cells, where the header has {len(there)}"
                 raise DataError(f"{path} line {number} has {cells}: a value with {delimiter!r} in it has been cut")
+            swallowed = swallowed_row(list(row.values()), delimiter, len(there), row[columns[0]]) if quoted else ""
+            if swallowed:
+                raise DataError(f"{path} line {number}: {SWALLOWED.format(swallowed[:60])}")
             yield f"{path} line {number}", row
+
+
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json.loads: an object; ValueError when a name stands in it twice, of which the first would be lost."""
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        twice = next(name for name, number in Counter(name for name, _ in pairs).items() if number > 1)
+        raise ValueError(f"the name {twice!r} stands twice in one object")
+    return tree
+
+
+def refuse_twice(columns: Sequence[str], path: Path) -> None:
+    """DataError when two columns of a table have one name: it is not clear which is meant."""
+    named = Counter(column.strip() for column in columns if column.strip())
+    twice = next((column for column, number in named.items() if number > 1), None)
+    if twice is not None:
+        raise DataError(f"{path} has {named[twice]} columns called {twice!r}: give them different names")
+
+
+def swallowed_row(cells: Sequence[str], delimiter: str, columns: int, alike: str = "") -> str:
+    """The first line within a value that looks like a row of the table; "" when none does.
+
+    A quote that opens in one row and closes in another makes one value of all between. Looks like a row: has as many
+    cells as there are `columns`, and one with the extension of `alike`, a name in this row, where that has one.
+    """
+    extension = os.path.splitext(alike.strip())[1].lower()
+    for cell in cells:
+        for line in re.split(r"[\r\n]+", cell)[1:]:
+            inner = line.split(delimiter)
+            if len(inner) < columns:
+                continue
+            if (
+                any(os.path.splitext(each.strip(" \"'"))[1].lower() == extension for each in inner)
+                if extension
+                else columns > 2
+            ):
+                return line
+    return ""
 
 
 def need(record: dict[str, Any], name: str, kind: type[Value], where: str) -> Value:

@@ -1,11 +1,14 @@
-"""Images in a folder, nested as you like, with a .txt beside each or in one folder a class.
+"""Images in a folder, nested as you like, with captions beside them, in a table, or in one folder a class.
 
 Design choices:
-- Per image: the .txt of the same name (one caption a line, blank lines aside) decides. Where there is none, the path of
-  its folder below SOURCE is the class: `SOURCE/sea_lion/1.jpg` is "a photo of a sea lion", `SOURCE/big/cat/1.jpg` has
-  the class "big cat". An image in SOURCE itself without a .txt is skipped, and so is one whose .txt is empty: somebody
-  meant to say something.
-- Test has no caption of train, but for class folders: of a class, some images are held out and the others trained on.
+- Captions are read in every form that people keep them in: see caption_files.py. Where some images have captions, one
+  without is skipped, and told: a made-up caption among real ones would teach nonsense.
+- Only where there are no caption files at all, and images lie in two or more folders with names of their own, captions
+  are made from those names: `SOURCE/sea_lion/1.jpg` is "a photo of a sea lion", `SOURCE/big/cat/1.jpg` has the class
+  "big cat". This is said. "images", "train", dates and sizes are no names of classes.
+- Folders train and test (or val) beside each other are a published split, and kept as such unless a share is given.
+- Without one, test has no caption of train; of each class, some images are held out and the others trained on.
+- An image is what its bytes are: a JPEG called .HEIC is read. Other kinds of images are told.
 - Links are followed; every folder is read once, under its own name where it has one in SOURCE, so loops end.
 - Hidden files and folders are left alone.
 """
@@ -13,26 +16,35 @@ Design choices:
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+import re
 from pathlib import Path
 
 from data_pipeline.errors import DataError
+from data_pipeline.importers.caption_files import TABLES, TEXTS, Captions, read_captions
+from data_pipeline.importers.captions import NO_CAPTION
+from data_pipeline.importers.gather import part_named
 from data_pipeline.importers.image import read_image
-from data_pipeline.importers.split import (
-    TEST_SHARE,
-    Candidate,
-    Imported,
-    Provenance,
-    Request,
-    refuse_existing,
-    write_split,
+from data_pipeline.importers.leftovers import (
+    IMAGE_NAMES,
+    extension_of,
+    is_readable_image,
+    looks_like_image,
+    unread_reason,
 )
-from data_pipeline.sample import IMAGE_EXTENSIONS, Skipped
+from data_pipeline.importers.split import Candidate, Imported, Provenance, Request, refuse_existing, write_split
+from data_pipeline.sample import Skipped
 from data_pipeline.shards import Progress
 
 CLASS_CAPTIONS = ("a photo of a {}", "a picture of a {}", "an image of a {}")
-LOOKED_FOR = f"images ({', '.join('.' + extension for extension in IMAGE_EXTENSIONS)}) with a .txt of the same name "
-LOOKED_FOR += "beside each, or in one folder a class"
+LOOKED_FOR = f"images ({', '.join('.' + extension for extension in IMAGE_NAMES)}) with captions: a .txt, .caption or "
+LOOKED_FOR += ".json of the same name beside each, a table (metadata.jsonl, captions.csv, ...), or one folder a class"
+NO_CLASS = re.compile(
+    r"(train|val|test|eval|dev|valid|validation|training|testing|evaluation|images?|imgs?|pics?|pictures?|photos?|jpe?gs?|"
+    r"jpegimages|pngs?|webp|data|datasets?|raw|files?|media|inputs?|outputs?|all|misc|export|downloads?|untitled|"
+    r"new folder|samples?|dcim)[\s_-]*\d*|\d+\s*x\s*\d+|[\d\W_]{3,}",
+    re.IGNORECASE,
+)  # names of folders that say nothing about what is in an image
+NOTES_CLASSES = 8  # at most so many are named in a note
 
 
 def import_folder(
@@ -40,38 +52,43 @@ def import_folder(
     out: Path,
     *,
     licence: str | None = None,
-    test_share: float = TEST_SHARE,
+    test_share: float | None = None,
     seed: int = 0,
     processes: int | None = None,
     on: str | None = None,
     progress: Progress | None = None,
 ) -> Imported:
-    """Write the captioned images below the folder `source` into out/train and out/test.
+    """Write the captioned images below the folder `source` into out/train and out/test, and out/val where it has one.
 
-    `licence` is noted with each sample.
+    `licence` is noted with each sample. `test_share`: None keeps the split that the folder has, or is 0.1.
     Raises FileNotFoundError when there is no such folder or no image in it, ValueError when `out` holds a data set or
-    the captions cannot be split, DataError when no image has a caption or can be read.
+    the captions cannot be split, DataError when no image has a caption or can be read, or it is not clear which.
     """
     request = Request.of("folder", source, licence=licence, test_share=test_share, seed=seed)
     refuse_existing(out, request)
     if not source.is_dir():
         raise FileNotFoundError(f"there is no folder {source}: give one with {LOOKED_FOR}")
-    candidates: list[Candidate] = []
     skipped: list[Skipped] = []
-    for folder, below in _folders(source, skipped):
-        _take_folder(folder, below, candidates, skipped)
-    origin = source.absolute().name
-    candidates = [replace(each, provenance=Provenance(origin, licence, each.name)) for each in candidates]
-    if not candidates and not skipped:
+    images, files = _look(source, skipped)
+    if not images and not skipped:
         raise FileNotFoundError(f"no image in {source}: looked there for {LOOKED_FOR}")
+    captions = read_captions(
+        source, [*images, *(skip.source for skip in skipped)], files
+    )  # a .txt of a .heic is no orphan
+    skipped += captions.left
+    parts = _published(images) | captions.parts
+    candidates, notes = _candidates(source, images, captions, parts, skipped, licence)
     if not candidates:
-        first = skipped[0]
-        raise DataError(f"no image in {source} has a caption (the first, {first.source}: {first.reason}): {LOOKED_FOR}")
+        raise _nothing(source, captions, skipped)
+    if parts and test_share is None:
+        sets = ", ".join(name for name in ("train", "val", "test") if name in parts.values())
+        notes.append(f"{source} has a split of its own ({sets}), which is kept: --test-share draws another")
     return write_split(
         out,
         candidates,
         read_image,
         skipped=skipped,
+        notes=notes,
         test_share=test_share,
         seed=seed,
         request=request,
@@ -80,6 +97,98 @@ def import_folder(
         reads=[source],
         progress=progress,
     )
+
+
+def _candidates(
+    source: Path,
+    images: list[str],
+    captions: Captions,
+    parts: dict[str, str],
+    skipped: list[Skipped],
+    licence: str | None,
+) -> tuple[list[Candidate], list[str]]:
+    """(the samples to be, what the user should know); images without a caption go to `skipped`."""
+    classes: dict[str, str] = {}
+    if not captions.of and not captions.refused:
+        classes = {image: named for image in images if (named := _class_of(image))}
+        _refuse_one_class(source, classes)
+    candidates = []
+    for image in images:
+        label = classes.get(image)
+        texts = captions.of.get(image) or tuple(caption.format(label) for caption in CLASS_CAPTIONS if label)
+        if not texts:
+            skipped.append(Skipped(image, captions.reasons.get(image, _no_caption(captions))))
+            continue
+        provenance = Provenance(source.absolute().name, licence, image)
+        metadata = {"label": label} if label else {}
+        place = str(source / image)
+        candidates.append(Candidate(image, texts, place, metadata, bool(label), provenance, parts.get(image)))
+    notes = []
+    if classes:
+        labels = sorted(set(classes.values()))
+        named = ", ".join(labels[:NOTES_CLASSES]) + (", ..." if len(labels) > NOTES_CLASSES else "")
+        notes.append(
+            f"there are no caption files: captions are made from folder names ({len(labels)} classes: {named})"
+        )
+    return candidates, notes
+
+
+def _no_caption(captions: Captions) -> str:
+    if captions.of or captions.refused:
+        return f"{NO_CAPTION} (others here have)" if captions.of else NO_CAPTION
+    return f"{NO_CAPTION}, and its folder's name is no class"
+
+
+def _refuse_one_class(source: Path, classes: dict[str, str]) -> None:
+    labels = set(classes.values())
+    if len(labels) == 1:
+        raise DataError(
+            f"no image in {source} has a caption, and the only class folder is {labels.pop()!r}: captions made from "
+            f"one name would all be the same, so give {LOOKED_FOR}"
+        )
+
+
+def _nothing(source: Path, captions: Captions, skipped: list[Skipped]) -> DataError:
+    """Why there is no sample: the caption files that could not be used, or the first image without a caption."""
+    if captions.refused:
+        first = captions.refused[0]
+        return DataError(
+            f"no image in {source} gets a caption from the caption files there ({first.source}: {first.reason}); "
+            "captions are made from folder names only where there are no such files"
+        )
+    first = skipped[0]
+    return DataError(f"no image in {source} has a caption (the first, {first.source}: {first.reason}): {LOOKED_FOR}")
+
+
+# --- what is there
+
+
+def _look(source: Path, skipped: list[Skipped]) -> tuple[list[str], list[str]]:
+    """(images, caption files) by their paths below `source`, in order; images of kinds not read go to `skipped`."""
+    images, files = [], []
+    for folder, below in _folders(source, skipped):
+        for name in sorted(name for name in os.listdir(folder) if not name.startswith(".")):
+            path, called = folder / name, _join(below, name)
+            if os.path.isdir(path):
+                continue
+            if looks_like_image(name):
+                reason = _unread(path)
+                if reason:
+                    skipped.append(Skipped(called, reason))
+                else:
+                    images.append(called)
+            elif extension_of(name) in (*TEXTS, *TABLES) and os.path.isfile(path):
+                files.append(called)
+    return images, files
+
+
+def _unread(path: Path) -> str:
+    """Why something with the name of an image is not read; "" when it is."""
+    if not os.path.isfile(path):
+        return "is no file, or a link to none"
+    if extension_of(path.name) in IMAGE_NAMES or is_readable_image(path):
+        return ""
+    return unread_reason(path.name)
 
 
 def _folders(source: Path, skipped: list[Skipped]) -> list[tuple[Path, str]]:
@@ -106,47 +215,45 @@ def _folders(source: Path, skipped: list[Skipped]) -> list[tuple[Path, str]]:
     return sorted(found, key=lambda folder: folder[1])
 
 
-def _take_folder(folder: Path, below: str, candidates: list[Candidate], skipped: list[Skipped]) -> None:
-    """Add the images directly in `folder` to the candidates, or to what is skipped."""
-    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
-    texts = {Path(name).stem: name for name in names if name.lower().endswith(".txt")}
-    for name in names:
-        path = folder / name
-        if path.suffix.lower().lstrip(".") not in IMAGE_EXTENSIONS or os.path.isdir(path):
-            continue
-        captions: tuple[str, ...] = ()
-        reason, metadata = "", {}
-        if not os.path.isfile(path):
-            reason = "is no file, or a link to none"
-        elif path.stem in texts:
-            captions, reason = _read_captions(folder / texts[path.stem])
-        elif below:
-            label = _class_name(below)
-            captions, metadata = tuple(caption.format(label) for caption in CLASS_CAPTIONS), {"label": label}
-        else:
-            reason = "has no .txt beside it and is in no class folder"
-        if captions:
-            by_class = "label" in metadata
-            candidates.append(Candidate(_join(below, name), captions, str(path), metadata, by_class))
-        else:
-            skipped.append(Skipped(_join(below, name), reason))
+# --- what folders are called
 
 
-def _read_captions(path: Path) -> tuple[tuple[str, ...], str]:
-    """(captions, "") of a .txt, or ((), why there are none)."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        return (), "its .txt is not UTF-8"
-    except OSError as error:
-        return (), f"its .txt cannot be read: {error.strerror}"
-    captions = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    return captions, "" if captions else "its .txt holds no caption"
+def _published(images: list[str]) -> dict[str, str]:
+    """The set of each image that lies in train, val or test, where train and another of them are beside each other."""
+    beside: dict[str, set[str]] = {}  # folder -> sets that folders in it are called after
+    for folder in {_parent(image) for image in images}:
+        names = folder.split("/")
+        for depth, name in enumerate(names):
+            part = part_named(name)
+            if part:
+                beside.setdefault("/".join(names[:depth]), set()).add(part)
+    splits = {folder for folder, parts in beside.items() if "train" in parts and len(parts) > 1}
+    found = {}
+    for image in images:
+        names = _parent(image).split("/")
+        for depth, name in enumerate(names):
+            part = part_named(name)
+            if part and "/".join(names[:depth]) in splits:
+                found[image] = part
+                break
+    return found
 
 
-def _class_name(below: str) -> str:
-    """A folder's path below the source, in words; as it is when it has none ("_")."""
-    return " ".join(below.replace("_", " ").replace("-", " ").replace("/", " ").split()) or below
+def _class_of(image: str) -> str:
+    """The path of an image's folder in words, without what says nothing ("images", "train"); "" when none is left."""
+    names = [name for name in _parent(image).split("/") if name]
+    words = [
+        " ".join(name.replace("_", " ").replace("-", " ").split()) or name for name in names if not _says_nothing(name)
+    ]
+    return " ".join(words)
+
+
+def _says_nothing(name: str) -> bool:
+    return bool(NO_CLASS.fullmatch(name.strip()))
+
+
+def _parent(image: str) -> str:
+    return image.rpartition("/")[0]
 
 
 def _join(below: str, name: str) -> str:

@@ -18,6 +18,7 @@ Design choices:
   Links inside the folder are followed: whoever keeps the folder put them there.
 - Whether files are there is asked while gathering, so that a set of which nobody downloaded the images is left out as a
   whole instead of failing.
+- An image or sound beside those that annotations name, of whatever kind, is told: it may be what was meant.
 - A missing or refused file is told once, however many annotations it has.
 """
 
@@ -32,6 +33,8 @@ from typing import Any, TypedDict
 
 from data_pipeline.errors import DataError
 from data_pipeline.importers.annotations import clean
+from data_pipeline.importers.captions import NO_CAPTION
+from data_pipeline.importers.leftovers import unnamed
 from data_pipeline.importers.split import (
     Candidate,
     Imported,
@@ -44,7 +47,6 @@ from data_pipeline.importers.split import (
 from data_pipeline.sample import Skipped
 from data_pipeline.shards import Progress
 
-NO_CAPTION = "has no caption"
 NO_FILE = "the {} file is missing"
 SET_NAMES = {
     "train": ("train", "training"),
@@ -82,6 +84,7 @@ class Gathered:
     candidates: list[Candidate] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     _refused: set[str] = field(default_factory=set)
+    named: set[Path] = field(default_factory=set)  # files that annotations are about
 
     def folder(self, *usual: Path) -> Path:
         """Where files lie: the first of the `usual` folders that there is, or where the user says they are.
@@ -103,6 +106,8 @@ class Gathered:
             path, reason = None, NO_FILE.format(self.what)
         if path is None:
             self.skip_once(written if name is None else name, reason)
+        else:
+            self.named.add(path)
         return path
 
     def add(
@@ -160,6 +165,7 @@ def run_import(
         raise FileNotFoundError(f"there is no folder {media}: give the one that holds the {what} files")
     found = Gathered(media, licence, what)
     gather(source, found)
+    found.skipped += unnamed(found.named, media or (source.parent if source.is_file() else source), what)
     if not found.candidates:
         why = f"; the first, {found.skipped[0].source}: {found.skipped[0].reason}" if found.skipped else ""
         raise DataError(f"nothing in {source} can be used, of {len(found.skipped)}{why}")
@@ -195,6 +201,12 @@ def part_of(name: str) -> str | None:
     """The set that a file or folder is of, by the word that its name begins with: "dev-clean" is of "val"."""
     found = SET_NAME.match(name.lower())
     return next(part for part, names in SET_NAMES.items() if found[0] in names) if found else None
+
+
+def part_named(name: Any) -> str | None:
+    """The set that a folder or a cell is called after: "dev" is "val"; None for any other name."""
+    plain = re.sub(r"[\s_-]*\d+$", "", name.strip().casefold()) if isinstance(name, str) else ""
+    return next((part for part, names in SET_NAMES.items() if plain in names), None)
 
 
 def find_annotations(source: Path, patterns: Iterable[str], folders: Iterable[str], what: str) -> list[Path]:

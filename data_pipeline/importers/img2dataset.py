@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from data_pipeline.errors import DataError, first_line
+from data_pipeline.importers.captions import usable
 from data_pipeline.importers.gather import Gathered, Options, run_import
 from data_pipeline.importers.split import Imported
 from data_pipeline.importers.table import NOT_UTF8, Cell, read_place
@@ -77,7 +78,11 @@ def _take(row: dict[str, Any], table: Path, folder: Path, found: Gathered) -> No
     if place is not None:
         caption, url = row["caption"], row["url"]
         told = url if isinstance(url, str) else name
-        found.add(name, place, [caption] if isinstance(caption, str) else [], id=told)
+        captions, problem = usable(caption)
+        if captions:
+            found.add(name, place, captions, id=told)
+        else:
+            found.skip(name, problem)
 
 
 def _rows(table: Path) -> Iterator[dict[str, Any]]:

@@ -73,6 +73,7 @@ def _gather_chapter(path: Path, part: str | None, source: Path, found: Gathered)
             )  # fmt: skip
     for name in sorted(heard):
         found.skip(f"{below}/{name}", f"has no line in {path.name}")
+        found.named.add(chapter / name)  # told already
 
 
 def _part(path: Path, source: Path) -> str | None:

@@ -6,8 +6,8 @@ Design choices:
 - Else the split is by caption, not by image: samples that share a caption (case, blanks and punctuation aside),
   directly or through a third, stay together. So no caption of test was seen in training, and the test measures more
   than memory.
-- A class is different: its captions say nothing of one image, and a test of classes wants those that were trained. Such
-  samples (`Candidate.by_class`) are drawn one by one, and both sets hold every class of some size.
+- A class is different: its captions say nothing of one image, and a test of classes wants those that were trained. Of
+  such samples (`Candidate.by_class`) some of each class are drawn, so that both sets hold every class of two images.
 - A group's place in the draw is sha256(seed, a caption of it), so more data later does not reshuffle what was there.
 - Samples keep the order of their source; shuffling is the reader's (`data_pipeline.order`).
 - OUT/train appears last: where it is, the import is complete.
@@ -31,12 +31,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_pipeline.errors import DataError
+from data_pipeline.importers.hold_out import choose_of_classes, choose_test, refuse_share
 from data_pipeline.parallel import connected
 from data_pipeline.sample import Sample, Skipped
 from data_pipeline.shards import Origin, Progress, Workers, Written, read_origin, write_shards
 
 PARTS = ("val", "test", "train")  # in the order in which they are written
 TEST_SHARE = 0.1  # where no split was published and none is asked for
+IN_NO_SET = "is in no set of the published split: give a test share to draw another split"
 
 
 class Provenance(NamedTuple):
@@ -87,11 +89,12 @@ Read = Callable[[Candidate], dict[str, bytes]]
 
 @dataclass(frozen=True)
 class Imported:
-    """What an importer wrote; a set that there is nothing for is None."""
+    """What an importer wrote; a set that there is nothing for is None. `notes`: what the user should know of it."""
 
     train: Written | None
     test: Written | None
     val: Written | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def parts(self) -> dict[str, Written]:
@@ -130,6 +133,7 @@ def write_split(
     read: Read,
     *,
     skipped: Iterable[Skipped] = (),
+    notes: Sequence[str] = (),
     test_share: float | None,
     seed: int,
     request: Request | None = None,
@@ -143,7 +147,7 @@ def write_split(
     A `test_share` of None keeps the split that the candidates have, out/val included, or is `TEST_SHARE` if they have
     none. `read(candidate)` gives the fields other than "txt" and "json"; it must be picklable, and raises DataError or
     OSError for a candidate to skip with that reason. `skipped` is what the importer left out already; it is reported
-    with train. `processes`, and `on` with `reads`, which is what `read` reads: see `write_shards`.
+    with train, as are `notes`. `processes`, and `on` with `reads`, which is what `read` reads: see `write_shards`.
     `progress(done, total)` counts through all sets. With a `request`, a finished import of the same is left
     as it is, and one that was killed goes on.
     Raises ValueError when `out` holds a data set or nothing can be held out, DataError when no sample can be made.
@@ -151,7 +155,7 @@ def write_split(
     refuse_existing(out, request)
     published = test_share is None and any(candidate.part for candidate in candidates)
     share = TEST_SHARE if test_share is None else test_share
-    _refuse_share(share)
+    refuse_share(share)
     keys = unique_keys(candidate.name for candidate in candidates)
     items = list(zip(keys, candidates, strict=True))
     origin = _origin(request, items, read) if request else None
@@ -159,7 +163,7 @@ def write_split(
         _refuse_changed(out, origin)
     if published:
         sets = {part: [item for item in items if item[1].part == part] for part in PARTS}
-        unreadable: list[Skipped] = []
+        unreadable = [Skipped(each.name, IN_NO_SET) for each in candidates if each.part not in PARTS]
     else:
         test, train, unreadable = _hold_out(items, read, share, seed)
         sets = {"test": test, "train": train}
@@ -168,7 +172,7 @@ def write_split(
         written = _write_sets(out, sets, read, origin, Workers(processes, on, reads), progress)
     told = next(part for part in reversed(PARTS) if part in written)  # train, where there is one
     written[told] = replace(written[told], skipped=(*skipped, *unreadable, *written[told].skipped))
-    return Imported(written.get("train"), written.get("test"), written.get("val"))
+    return Imported(written.get("train"), written.get("test"), written.get("val"), tuple(notes))
 
 
 def _write_sets(
@@ -212,39 +216,6 @@ def _write_sets(
     return written
 
 
-def choose_test(captions: Sequence[tuple[str, ...]], test_share: float, seed: int) -> set[int]:
-    """Which samples to hold out, by number: about `test_share` of them, whole groups of shared captions at a time.
-
-    At least one group is held out and at least one is kept when `test_share` > 0. Raises ValueError when all samples
-    are one group.
-    """
-    _refuse_share(test_share)
-    if test_share == 0:
-        return set()
-    groups = _groups(captions)
-    if len(groups) < 2:
-        raise ValueError(
-            f"all {len(captions)} samples are bound together by shared captions or speakers, so none can be held out: "
-            "give a test share of 0, or more of them"
-        )
-    drawn = sorted(groups, key=lambda caption: hashlib.sha256(f"split:{seed}:{caption}".encode()).digest())
-    goal = round(test_share * len(captions))
-    held_out: list[int] = []
-    for caption in drawn[:-1]:  # the last stays for training, whatever the share
-        if len(held_out) + len(groups[caption]) <= goal:
-            held_out += groups[caption]
-    return set(held_out or groups[min(drawn, key=lambda caption: len(groups[caption]))])
-
-
-def plain(caption: str) -> str:
-    """The caption by which samples are told apart: letters, digits and marks alone, in one case.
-
-    A caption of nothing but punctuation stays as it is.
-    """
-    folded = unicodedata.normalize("NFKC", caption).casefold()
-    return "".join(letter for letter in folded if unicodedata.category(letter)[0] in "LNM") or caption.strip()
-
-
 def unique_keys(names: Iterable[str]) -> list[str]:
     """A key for each name, all different: the name, where it can be a key, and something close to it where not.
 
@@ -273,15 +244,11 @@ Item = tuple[str, Candidate]  # with its key
 def _hold_out(
     items: list[Item], read: Read, test_share: float, seed: int
 ) -> tuple[list[Item], list[Item], list[Skipped]]:
-    """(test, train, what cannot be read), drawn so that at least one sample of test can be made."""
+    """(test, train, what cannot be read), drawn so that at least one sample of test, and of each class, can be made."""
     unreadable: list[Skipped] = []
     while True:
         try:
-            bonds = [
-                (candidate.name,) if candidate.by_class else (*candidate.captions, *candidate.bonds)
-                for _, candidate in items
-            ]
-            chosen = choose_test(bonds, test_share, seed)
+            chosen = _choose([candidate for _, candidate in items], test_share, seed)
         except ValueError as error:
             if not unreadable:
                 raise
@@ -292,40 +259,44 @@ def _hold_out(
             ) from error
         test = [item for number, item in enumerate(items) if number in chosen]
         train = [item for number, item in enumerate(items) if number not in chosen]
-        skips: list[Skipped] = []
-        for item in test:
+        bad = _unreadable_classes(test, read)
+        if not bad:
+            return test, train, unreadable
+        unreadable += bad.values()  # draw again from the others
+        items = [item for item in items if item[0] not in bad]
+
+
+def _choose(candidates: list[Candidate], test_share: float, seed: int) -> set[int]:
+    """Which candidates to hold out, by number: some of each class, and of the others by caption."""
+    classes = [number for number, candidate in enumerate(candidates) if candidate.by_class]
+    others = [number for number, candidate in enumerate(candidates) if not candidate.by_class]
+    chosen: set[int] = set()
+    if classes:
+        labels = [candidates[number].captions[0] for number in classes]
+        names = [candidates[number].name for number in classes]
+        chosen |= {classes[place] for place in choose_of_classes(labels, names, test_share, seed)}
+    if others or not classes:
+        bonds = [(*candidates[number].captions, *candidates[number].bonds) for number in others]
+        chosen |= {others[place] for place in choose_test(bonds, test_share, seed)}
+    return chosen
+
+
+def _unreadable_classes(test: list[Item], read: Read) -> dict[str, Skipped]:
+    """The samples, by key, of each class of which no sample in `test` can be made; all others count as one class."""
+    members: dict[str, list[Item]] = {}
+    for item in test:
+        members.setdefault(item[1].captions[0] if item[1].by_class else "", []).append(item)
+    bad: dict[str, Skipped] = {}
+    for of_class in members.values():
+        skips: dict[str, Skipped] = {}
+        for item in of_class:
             made = _make_sample(item, read)
             if isinstance(made, Sample):
-                return test, train, unreadable
-            skips.append(made)
-        if not test:
-            return test, train, unreadable
-        unreadable += skips  # all of test: draw again from the others
-        items = train
-
-
-def _groups(captions: Sequence[tuple[str, ...]]) -> dict[str, list[int]]:
-    """Sample numbers by connected component of shared captions; the smallest plain caption names the component."""
-    parent: dict[str, str] = {}
-
-    def root(caption: str) -> str:
-        while parent[caption] != caption:
-            parent[caption] = parent[parent[caption]]
-            caption = parent[caption]
-        return caption
-
-    firsts = []
-    for of_sample in captions:
-        plains = [plain(caption) for caption in of_sample]
-        for caption in plains:
-            parent.setdefault(caption, caption)
-            first, other = root(plains[0]), root(caption)
-            parent[max(first, other)] = min(first, other)
-        firsts.append(plains[0])
-    groups: dict[str, list[int]] = {}
-    for number, first_caption in enumerate(firsts):
-        groups.setdefault(root(first_caption), []).append(number)
-    return groups
+                break
+            skips[item[0]] = made
+        else:
+            bad |= skips
+    return bad
 
 
 def _filled_parts(out: Path) -> list[Path]:
@@ -350,11 +321,6 @@ def _refuse_changed(out: Path, origin: Origin) -> None:
                 f"{part} is there already, and its source has changed since: give another folder, or remove it to "
                 "import again"
             )
-
-
-def _refuse_share(test_share: float) -> None:
-    if not 0 <= test_share < 1:
-        raise ValueError(f"the test share is {test_share}: give 0 (no test set) or more, and less than 1")
 
 
 def _make_sample(item: Item, read: Read) -> Sample | Skipped:

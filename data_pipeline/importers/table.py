@@ -6,6 +6,7 @@ Design choices:
   Face data sets are written with. A URL is skipped: what is fetched while it is imported is another data set each time.
 - A path must lie in the table's folder (`gather.locate`).
 - Rows with the same image are one sample with several captions.
+- "nan", "None" or "['a', 'b']" is no caption; a value of several lines that hold rows is a quote gone astray.
 - A row with more cells than there are columns is skipped: a caption with a comma and no quotes around it has been cut.
 - Parquet is read a row group at a time: captions first, image bytes when they are written. Checksums of its pages are
   verified. A row group whose captions are damaged ends the import; one whose images are costs the samples in it.
@@ -21,9 +22,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_pipeline.errors import DataError, first_line
-from data_pipeline.importers.annotations import LONGEST_VALUE, csv_reason
-from data_pipeline.importers.gather import NO_CAPTION, NO_FILE, locate
+from data_pipeline.importers.annotations import LONGEST_VALUE, csv_reason, refuse_twice, swallowed_row
+from data_pipeline.importers.captions import NO_CAPTION, usable
+from data_pipeline.importers.gather import NO_FILE, locate, part_named
 from data_pipeline.importers.image import image_field
+from data_pipeline.importers.leftovers import unnamed
 from data_pipeline.importers.split import (
     TEST_SHARE,
     Candidate,
@@ -50,6 +53,7 @@ CAPTION_COLUMNS = (
 )
 BYTES = ("binary", "large_binary", "binary_view")  # types by Arrow's names
 NO_IMAGE = "has no image"
+NO_QUOTES = "write a quote in a text twice, or give --no-quotes where quotes are only letters"
 NOT_UTF8 = "holds text that is not UTF-8"
 
 
@@ -59,6 +63,7 @@ def import_table(
     *,
     image_column: str | None = None,
     caption_column: str | None = None,
+    quotes: bool = True,
     licence: str | None = None,
     test_share: float = TEST_SHARE,
     seed: int = 0,
@@ -68,29 +73,35 @@ def import_table(
 ) -> Imported:
     """Write the rows of the table `source` into out/train and out/test; `licence` is noted with each sample.
 
+    `quotes`: False reads a quote in a CSV or TSV as a letter like others.
     Raises FileNotFoundError when there is no such table, ValueError when it is of no known kind, has no such columns,
     needs pyarrow which is not installed, or `out` holds a data set; DataError when the table is damaged or no row can
     be used.
     """
     columns = {"image_column": image_column, "caption_column": caption_column}
+    if not quotes:
+        columns["quotes"] = "none"
     request = Request.of("table", source, **columns, licence=licence, test_share=test_share, seed=seed)
     refuse_existing(out, request)
     if not source.is_file():
         raise FileNotFoundError(f"there is no table {source}: give a CSV, TSV or Parquet file")
     extension = source.suffix.lower()
     if extension in PARQUET_EXTENSIONS:
-        rows = _parquet_rows(source, image_column, caption_column)
+        if not quotes:
+            raise ValueError(f"{source} is Parquet, which has no quotes: leave --no-quotes out")
+        rows = parquet_rows(source, image_column, caption_column)
     elif extension in CSV_EXTENSIONS:
-        rows = _csv_rows(source, image_column, caption_column)
+        rows = csv_rows(source, image_column, caption_column, quotes=quotes)
     else:
         known = ", ".join(CSV_EXTENSIONS + PARQUET_EXTENSIONS)
         raise ValueError(f"{source} is no table by its name: give one that ends in {known}")
-    candidates, skipped = _gather(rows, source, licence)
+    candidates, skipped, named = _gather(rows, source, licence)
     return write_split(
         out,
         candidates,
         read_place,
         skipped=skipped,
+        notes=_note_unnamed(named, source),
         test_share=test_share,
         seed=seed,
         request=request,
@@ -113,13 +124,15 @@ class Cell(NamedTuple):
 class Row(NamedTuple):
     """One row: how to name it, its image (a path as it was written, bytes in the table, or none), its captions.
 
-    `reason`: why the row itself cannot be used, where that is so.
+    `reason`: why the row itself cannot be used, where that is so; `problem`: why it has no caption. `part`: its set.
     """
 
     name: str
     image: str | Cell | None = None
     captions: tuple[str, ...] = ()
     reason: str = ""
+    problem: str = ""
+    part: str | None = None
 
 
 def read_place(candidate: Candidate) -> dict[str, bytes]:
@@ -140,15 +153,21 @@ def find_column(columns: list[str], wanted: str | None, usual: tuple[str, ...], 
         if wanted not in columns:
             raise ValueError(f"{there_are}, and no {what} column {wanted!r}")
         return wanted
-    by_name = {column.strip().lower(): column for column in reversed(columns)}
-    for name in usual:
-        if name in by_name:
-            return by_name[name]
+    found = column_among(columns, usual)
+    if found is not None:
+        return found
     raise ValueError(f"{there_are}, and none is called as {what} columns are ({', '.join(usual[:4])}, ...): name it")
 
 
-def _gather(rows: Iterator[Row], source: Path, licence: str | None) -> tuple[list[Candidate], list[Skipped]]:
-    """Candidates in order of first appearance, captions of one file together; and the rows left out."""
+def column_among(columns: list[str], usual: tuple[str, ...]) -> str | None:
+    """The first of the `usual` names that there is a column of, in any case; None when there is none."""
+    by_name = {column.strip().lower(): column for column in reversed(columns)}
+    return next((by_name[name] for name in usual if name in by_name), None)
+
+
+def _gather(rows: Iterator[Row], source: Path, licence: str | None) -> tuple[list[Candidate], list[Skipped], set[Path]]:
+    """(candidates in order of first appearance, captions of one file together; the rows left out; the files named)."""
+    named: set[Path] = set()
     places: dict[Path | Cell, tuple[str, Path | Cell, list[str]]] = {}
     skipped = []
     for row in rows:
@@ -158,14 +177,16 @@ def _gather(rows: Iterator[Row], source: Path, licence: str | None) -> tuple[lis
             pass
         elif not row.image:
             reason = NO_IMAGE
-        elif not row.captions:
-            reason = NO_CAPTION
         elif isinstance(row.image, Cell):
             place = row.image
         else:
             place, reason = locate(row.image, source.parent)
             if place is not None and not os.path.isfile(place):
                 reason = NO_FILE.format("image")
+            elif place is not None:
+                named.add(place)
+        if place is not None and not reason and not row.captions:
+            reason = row.problem or NO_CAPTION
         if reason or place is None:
             skipped.append(Skipped(row.name, reason))
             continue
@@ -178,53 +199,109 @@ def _gather(rows: Iterator[Row], source: Path, licence: str | None) -> tuple[lis
         Candidate(name, tuple(dict.fromkeys(captions)), place, provenance=Provenance(source.name, licence, name))
         for name, place, captions in places.values()
     ]
-    return candidates, skipped
+    return candidates, skipped, named
 
 
-def _csv_rows(table: Path, image_column: str | None, caption_column: str | None) -> Iterator[Row]:
-    """The rows of a CSV, whatever of DELIMITERS its header is divided by."""
-    csv.field_size_limit(LONGEST_VALUE)
-    number, line = 0, 1  # of the last row, and where the next one begins
+def _note_unnamed(named: set[Path], source: Path) -> list[str]:
+    """What to say of images that lie beside those that the table names: there may be another table for them."""
+    others = unnamed(named, source.parent)
+    if not others:
+        return []
+    return [
+        f"{source.name} does not name {len(others)} of the images beside those it names, such as {others[0].source}"
+    ]
+
+
+def csv_columns(table: Path) -> list[str]:
+    """The columns of a CSV or TSV by its first line; DataError when it is not UTF-8 or two of them have one name."""
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
-            header = file.readline()
-            delimiter = max(DELIMITERS, key=lambda delimiter: len(next(csv.reader([header], delimiter=delimiter), [])))
+            header = file.readline(LONGEST_VALUE)
+            columns = next(csv.reader([header], delimiter=_delimiter(header)), [])
+    except UnicodeDecodeError as error:
+        raise DataError(f"{table} is not UTF-8 ({error}): save it as UTF-8") from error
+    except csv.Error as error:
+        raise DataError(f"{table} is damaged in line 1: {csv_reason(error)}") from error
+    refuse_twice(columns, table)
+    return columns
+
+
+def csv_rows(
+    table: Path, image_column: str | None, caption_column: str | None, *, split: str | None = None, quotes: bool = True
+) -> Iterator[Row]:
+    """The rows of a CSV, whatever of DELIMITERS its header is divided by.
+
+    `split`: a column that says which set a row is of. `quotes`: False reads a quote as a letter like others.
+    """
+    csv.field_size_limit(LONGEST_VALUE)
+    number, line = 0, 1  # of the last row, and where the next one begins
+    quoting: Any = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            delimiter = _delimiter(file.readline())
             file.seek(0)
-            reader = csv.reader(file, delimiter=delimiter, strict=True)
+            reader = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
             columns = next(reader, [])
             if not columns:
                 raise DataError(f"{table} is empty, or its first line is: it must begin with the names of its columns")
+            refuse_twice(columns, table)
             image = find_column(columns, image_column, IMAGE_COLUMNS, "image", table)
             caption = find_column(columns, caption_column, CAPTION_COLUMNS, "caption", table)
             line = reader.line_num + 1
             for cells in reader:
-                line = reader.line_num + 1
+                began, line = line, reader.line_num + 1
                 if not cells:
                     continue
                 number += 1
+                row = dict(zip(columns, cells, strict=False))  # cells may be missing at the end
+                path = row.get(image, "").strip()
+                swallowed = swallowed_row(cells, delimiter, len(columns), path) if line > began + 1 else ""
+                if swallowed:
+                    raise DataError(
+                        f"{table} line {began}: a quote that opens there closes in line {line - 1}, with rows between "
+                        f"({swallowed[:60]!r}): {NO_QUOTES}"
+                    )
                 if any(map(str.strip, cells[len(columns) :])):
                     too_many = f"has {len(cells)} cells, where the table has {len(columns)} columns: quote its texts"
                     yield Row(f"row {number}", reason=too_many)
                     continue
-                row = dict(zip(columns, cells, strict=False))  # cells may be missing at the end
-                path = row.get(image, "").strip()
-                yield Row(path or f"row {number}", path, _captions(row.get(caption)))
+                captions, problem = usable(row.get(caption))
+                part = row.get(split) if split else None
+                yield Row(path or f"row {number}", path, captions, problem=problem, part=part_named(part))
     except UnicodeDecodeError as error:
         raise DataError(f"{table} is not UTF-8 ({error}): save it as UTF-8") from error
     except csv.Error as error:
-        raise DataError(f"{table} is damaged in the row that begins in line {line}: {csv_reason(error)}") from error
+        reason = csv_reason(error)
+        way_out = f"; {NO_QUOTES}" if "quote" in reason else ""
+        raise DataError(f"{table} is damaged in the row that begins in line {line}: {reason}{way_out}") from error
 
 
-def _parquet_rows(table: Path, image_column: str | None, caption_column: str | None) -> Iterator[Row]:
+def _delimiter(header: str) -> str:
+    """What divides the columns of a table, by its first line."""
+    return max(DELIMITERS, key=lambda delimiter: len(next(csv.reader([header], delimiter=delimiter), [])))
+
+
+def parquet_columns(table: Path) -> list[str]:
+    """The columns of a Parquet file; DataError when it is damaged or two of them have one name."""
+    arrow, parquet = load_pyarrow(table)
+    try:
+        columns = list(parquet.ParquetFile(table).schema_arrow.names)
+    except (arrow.ArrowException, OSError) as error:
+        raise DataError(f"{table} is damaged: {first_line(error)}") from error
+    refuse_twice(columns, table)
+    return columns
+
+
+def parquet_rows(table: Path, image_column: str | None, caption_column: str | None) -> Iterator[Row]:
     """The rows of a Parquet file; a column of image bytes is not read for it."""
+    columns = parquet_columns(table)
+    image = find_column(columns, image_column, IMAGE_COLUMNS, "image", table)
+    caption = find_column(columns, caption_column, CAPTION_COLUMNS, "caption", table)
     arrow, parquet = load_pyarrow(table)
     where = str(table)
     try:
         file = parquet.ParquetFile(table, page_checksum_verification=True)
-        schema = file.schema_arrow
-        image = find_column(list(schema.names), image_column, IMAGE_COLUMNS, "image", table)
-        caption = find_column(list(schema.names), caption_column, CAPTION_COLUMNS, "caption", table)
-        has_bytes = _holds_bytes(schema.field(image).type, image, table)
+        has_bytes = _holds_bytes(file.schema_arrow.field(image).type, image, table)
         number = 0
         for group in range(file.num_row_groups):
             where = f"row group {group} of {table}"
@@ -234,12 +311,12 @@ def _parquet_rows(table: Path, image_column: str | None, caption_column: str | N
                 number += 1
                 try:
                     path = paths[row].as_py() if paths is not None else None
-                    texts = _captions(captions[row].as_py())
+                    texts, problem = usable(captions[row].as_py())
                 except UnicodeDecodeError:
                     yield Row(f"row {number}", reason=NOT_UTF8)
                     continue
                 source = Cell(table.absolute(), image, group, row) if has_bytes else path
-                yield Row(path or f"row {number}", source, texts)
+                yield Row(path or f"row {number}", source, texts, problem=problem)
     except (arrow.ArrowException, OSError) as error:
         raise DataError(f"{where} is damaged: {first_line(error)}") from error
 
@@ -292,9 +369,3 @@ def _column_of_group(table: Path, column: str, group: int) -> Any:
         return file.read_row_group(group, [column], use_threads=False).column(0)
     except (arrow.ArrowException, OSError) as error:
         return DataError(f"row group {group} of {table.name} is damaged: {first_line(error)}")
-
-
-def _captions(value: Any) -> tuple[str, ...]:
-    """The captions in a cell: a text, or (Parquet) a list of them."""
-    texts = value if isinstance(value, list) else [value]
-    return tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())

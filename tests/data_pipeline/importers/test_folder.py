@@ -1,6 +1,8 @@
 """Folders of images, as people have them."""
 
+import json
 import os
+import unicodedata
 
 import pytest
 
@@ -64,12 +66,14 @@ def test_class_folders(put, run):
     assert samples["sea_lion/1.png"].key == "sea_lion/1"
 
 
-def test_a_sidecar_goes_before_the_class(put, run):
+def test_where_some_have_a_caption_none_is_made_up(put, run):
     put("cat/1.png", "a tabby asleep")
     put("cat/2.png")
-    samples, _ = run()
-    assert samples["cat/1.png"].captions() == ("a tabby asleep",)
-    assert samples["cat/2.png"].captions()[0] == "a photo of a cat"
+    put("dog/3.png")
+    samples, skipped = run()
+    assert {name: sample.captions() for name, sample in samples.items()} == {"cat/1.png": ("a tabby asleep",)}
+    assert skipped.keys() == {"cat/2.png", "dog/3.png"}
+    assert all("has no caption" in reason for reason in skipped.values())
 
 
 def test_what_has_no_caption_or_no_pixels_is_skipped_with_a_reason(put, run, tmp_path):
@@ -77,9 +81,9 @@ def test_what_has_no_caption_or_no_pixels_is_skipped_with_a_reason(put, run, tmp
     put("bare.png")
     put("empty_text.png", " \n\n")
     put("latin.png", "caf\xe9".encode("latin-1"))
-    put("cat/empty.png", data=b"")
-    put("cat/text.jpg", data=b"this is no image at all")
-    put("cat/short.png", data=b"\x89PNG\r\n\x1a\n")
+    put("cat/empty.png", "a", data=b"")
+    put("cat/text.jpg", "b", data=b"this is no image at all")
+    put("cat/short.png", "c", data=b"\x89PNG\r\n\x1a\n")
     (tmp_path / "source/cat/gone.png").symlink_to("nowhere.png")
     (tmp_path / "source/cat/self.png").symlink_to("self.png")
     os.mkfifo(tmp_path / "source/cat/pipe.png")  # to open it would wait for ever
@@ -90,7 +94,7 @@ def test_what_has_no_caption_or_no_pixels_is_skipped_with_a_reason(put, run, tmp
         *("bare.png", "empty_text.png", "latin.png"),
         *(f"cat/{name}" for name in ("empty.png", "text.jpg", "short.png", "gone.png", "self.png", "pipe.png")),
     }
-    assert "no .txt" in skipped["bare.png"]
+    assert "has no caption" in skipped["bare.png"]
     assert "no caption" in skipped["empty_text.png"]
     assert "UTF-8" in skipped["latin.png"]
     assert "empty" in skipped["cat/empty.png"]
@@ -133,10 +137,11 @@ def test_the_same_stem_twice_gives_two_samples(put, run):
 
 
 def test_names_that_are_no_text_survive(put, run, tmp_path):
+    put("dog/1.png")
     put("cat/1.png")
     os.rename(tmp_path / "source/cat/1.png", os.fsencode(tmp_path / "source/cat") + b"/\xff\n.png")
     samples, skipped = run()
-    assert len(samples) == 1
+    assert len(samples) == 2
     assert not skipped
 
 
@@ -163,14 +168,228 @@ def test_a_folder_with_nothing_to_import_says_what_is_looked_for(put, tmp_path):
     (source / "readme.txt").write_text("nothing here")
     with pytest.raises(FileNotFoundError, match=r"source.*\.webp.*class"):
         import_folder(source, out)
+    (source / "readme.txt").unlink()
     put("bare.png")
-    with pytest.raises(DataError, match=r"bare\.png.*no \.txt"):
+    with pytest.raises(DataError, match=r"no image .* has a caption \(the first, bare\.png"):
         import_folder(source, out)
     assert not out.exists()
 
 
 def test_an_import_is_not_repeated_over_itself(put, run, tmp_path):
-    put("cat/1.png")
+    put("1.png", "one")
     run()
     with pytest.raises(ValueError, match="there already"):
         import_folder(tmp_path / "nowhere", tmp_path / "out")
+
+
+# --- captions, in the forms that people keep them in
+
+CAPTIONS = {f"{number}.png": f"a real caption {number}" for number in range(4)}
+AS_JSONL = "\n".join(json.dumps({"file_name": name, "text": text}) for name, text in CAPTIONS.items())
+AS_CSV = "file_name,caption\n" + "\n".join(f"{name},{text}" for name, text in CAPTIONS.items())
+AS_TSV = AS_CSV.replace(",", "\t")
+AS_LIST = json.dumps([{"image": name, "caption": text} for name, text in CAPTIONS.items()])
+STEMS = {name.removesuffix(".png"): text for name, text in CAPTIONS.items()}
+
+
+@pytest.fixture
+def also(tmp_path):
+    """also({"a/b.csv": "text"}) writes other files below SOURCE."""
+
+    def write(files):
+        for name, text in files.items():
+            path = tmp_path / "source" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("folder", "files"),
+    [
+        ("train", {"train/metadata.jsonl": AS_JSONL}),
+        ("", {"metadata.jsonl": AS_JSONL}),
+        ("train", {"metadata.csv": AS_CSV.replace("\n", "\ntrain/")}),
+        ("images", {"captions.csv": AS_CSV}),
+        ("images", {"captions.tsv": AS_TSV}),
+        ("images", {"captions.json": json.dumps(CAPTIONS)}),
+        ("images", {"captions.json": json.dumps(STEMS)}),
+        ("images", {"captions.json": json.dumps({name: [text] for name, text in CAPTIONS.items()})}),
+        ("images", {"captions.json": json.dumps({name: {"caption": text} for name, text in STEMS.items()})}),
+        ("images", {"captions.jsonl": AS_JSONL}),
+        ("images", {"images/list.json": AS_LIST}),
+        ("images", {"annotations/data.json": json.dumps({"data": json.loads(AS_LIST)})}),
+        ("Images", {"captions.txt": AS_CSV}),  # Flickr8k
+        ("images", {"captions.csv": AS_CSV.replace("\n", "\nimages\\")}),  # written on Windows
+        ("a/b", {f"a/b/{name}.caption": text for name, text in STEMS.items()}),
+        ("cat", {f"cat/{name}.json": json.dumps({"caption": text}) for name, text in STEMS.items()}),
+        ("cat", {f"cat/{name}.json": json.dumps({"text": text, "id": 1}) for name, text in STEMS.items()}),
+        ("images", {f"images/{name}.txt": text for name, text in CAPTIONS.items()}),  # 0.png.txt
+        ("images", {f"captions/{name}.txt": text for name, text in STEMS.items()}),
+        ("train/images", {f"train/captions/{name}.txt": text for name, text in STEMS.items()}),
+        ("images/train", {f"captions/train/{name}.txt": text for name, text in STEMS.items()}),
+        ("", {f"captions/{name}.txt": text for name, text in STEMS.items()}),
+        ("images", {"metadata.jsonl": AS_JSONL, **{f"images/{name}.txt": text for name, text in STEMS.items()}}),
+    ],
+)
+def test_captions_are_read_where_people_keep_them(put, run, also, folder, files):
+    for name in CAPTIONS:
+        put(f"{folder}/{name}".lstrip("/"))
+    also(files)
+    samples, skipped = run()
+    assert {os.path.basename(name): sample.captions()[0] for name, sample in samples.items()} == CAPTIONS
+    assert all(sample.label() is None for sample in samples.values())
+    assert not skipped
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_name_composed_otherwise_is_the_same_name(put, run, also, forms):
+    image, text = (unicodedata.normalize(form, "caf\u00e9") for form in forms)
+    put(f"images/{image}.png")
+    put("images/b.png")
+    also({f"images/{text}.txt": "coffee", "captions.csv": f"image,caption\n{text}.png,coffee\nb.png,tea"})
+    samples, skipped = run()
+    assert sorted(sample.captions()[0] for sample in samples.values()) == ["coffee", "tea"]
+    assert not skipped
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"images/0.caption": "another"}, r"images/0\.caption.*0\.txt|0\.txt.*0\.caption"),
+        ({"captions.csv": "image,caption\n0.png,another"}, r"0\.txt.*captions\.csv.*remove"),
+        ({"captions.csv": "image,caption\n0.png,another\n", "images/0.txt": ""}, None),
+        (
+            {"captions.json": '{"0.png": "a", "0.png": "b"}', "images/0.txt": ""},
+            r"captions\.json.*'0\.png' stands twice",
+        ),
+        ({"captions.csv": "image,caption,caption\n0.png,a,b\n"}, r"captions\.csv has 2 columns called 'caption'"),
+        ({"captions.jsonl": "{"}, r"captions\.jsonl is not JSON"),
+    ],
+)
+def test_files_that_contradict_each_other_are_named(put, run, also, files, words):
+    put("images/0.png", "a caption")
+    also(files)
+    if words is None:
+        samples, _ = run()
+        assert samples["images/0.png"].captions() == ("another",)
+        return
+    with pytest.raises(DataError, match=words):
+        run()
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"metadata.csv": "file_name,label\n0.png,3"}, r"metadata\.csv.*'label'.*import table"),
+        ({"captions.csv": "bild,caption\n0.png,3"}, r"captions\.csv.*'bild'.*import table"),
+        ({"captions.csv": "image,caption\nelsewhere.png,3"}, r"captions\.csv: names no image"),
+        ({"captions.csv": "image,caption\n0.png,x"}, r"'0\.png' may be cat/0\.png or dog/0\.png"),
+        ({"captions.json": '{"images": [], "annotations": []}'}, "import coco"),
+        ({"cat/0.txt": ""}, r"cat/0\.txt: its \.txt holds no caption"),
+        ({"cat/0.txt": "0 0.5 0.5 0.25 0.25\n"}, "numbers"),
+        ({"texts of mine/zero.txt": "a caption"}, r"texts of mine/zero\.txt: is a caption file without an image"),
+    ],
+)
+def test_class_captions_are_not_made_up_beside_caption_files(put, run, also, files, words):
+    put("cat/0.png")
+    put("dog/0.png")
+    also(files)
+    with pytest.raises(DataError, match=words):
+        run()
+
+
+def test_files_about_a_class_set_do_not_stand_in_its_way(put, run, also):
+    put("cat/0.png")
+    put("dog/0.png")
+    also({"README.txt": "Two classes.", "class_index.json": '{"0": ["n01", "cat"]}', "sizes.csv": "a,b\n1,2\n"})
+    samples, skipped = run()
+    assert {sample.label() for sample in samples.values()} == {"cat", "dog"}
+    assert skipped.keys() == {"README.txt", "sizes.csv", "class_index.json"}
+
+
+@pytest.mark.parametrize("name", ["train", "images", "img", "data", "val", "test", "Train 2017", "22x22", "2026-01-05"])
+def test_one_class_or_a_name_that_says_nothing_makes_no_caption(put, run, name):
+    put(f"{name}/0.png")
+    with pytest.raises(DataError, match="has a caption"):
+        run()
+    put("cat/0.png")
+    with pytest.raises(DataError, match="the only class folder is 'cat'"):
+        run()
+    put("dog/0.png")
+    samples, skipped = run()
+    assert samples.keys() == {"cat/0.png", "dog/0.png"}
+    assert "no class" in skipped[f"{name}/0.png"]
+
+
+@pytest.mark.parametrize("beside", ["test", "val", "validation"])
+@pytest.mark.parametrize("classes", [True, False])
+def test_train_beside_another_is_a_published_split(put, tmp_path, read_all, beside, classes):
+    for part in ("train", beside):
+        for number in range(4):
+            label = ("cat/", "dog/")[number % 2] if classes else ""
+            put(f"{part}/{label}{number}.png", None if classes else f"{part} {number}")
+    put("cat/stray.png", None if classes else "stray")
+    imported = import_folder(tmp_path / "source", tmp_path / "out", processes=0)
+    sets = {path.name: read_all(path) for path in (tmp_path / "out").iterdir()}
+    other = "test" if beside == "test" else "val"
+    assert {name: len(samples) for name, samples in sets.items()} == {"train": 4, other: 4}
+    assert all(sample.metadata()["id"].startswith(f"{beside}/") for sample in sets[other])
+    assert {sample.label() for sample in sets[other]} == ({"cat", "dog"} if classes else {None})
+    assert [skip.source for skip in imported.skipped] == ["cat/stray.png"]
+    assert any("split of its own" in note for note in imported.notes)
+    assert any("folder names (2 classes: cat, dog)" in note for note in imported.notes) == classes
+    drawn = import_folder(tmp_path / "source", tmp_path / "drawn", test_share=0.5, processes=0)
+    assert not drawn.skipped
+
+
+def test_a_table_that_names_the_split_is_kept(put, tmp_path, also, read_all):
+    for name in CAPTIONS:
+        put(f"images/{name}")
+    rows = [
+        f"{name},{text},{part}"
+        for (name, text), part in zip(CAPTIONS.items(), ("train", "train", "dev", "test"), strict=True)
+    ]
+    also({"captions.csv": "image,caption,split\n" + "\n".join(rows)})
+    import_folder(tmp_path / "source", tmp_path / "out", processes=0)
+    sets = {path.name: [sample.captions()[0] for sample in read_all(path)] for path in (tmp_path / "out").iterdir()}
+    assert sets == {
+        "train": ["a real caption 0", "a real caption 1"],
+        "val": ["a real caption 2"],
+        "test": ["a real caption 3"],
+    }
+
+
+def test_what_is_no_caption_is_told(put, run, also):
+    bad = ["nan", "None", "['a', 'b']", "NULL", "n/a", "", "   ", "#N/A"]
+    for number in range(len(bad) + 1):
+        put(f"images/{number}.png")
+    rows = [f'{number}.png,"{text}"' for number, text in enumerate([*bad, "a nan on a plate"])]
+    also({"captions.csv": "image,caption\n" + "\n".join(rows)})
+    samples, skipped = run()
+    assert [sample.captions() for sample in samples.values()] == [("a nan on a plate",)]
+    assert skipped.keys() == {f"images/{number}.png" for number in range(len(bad))}
+    assert "'nan', which stands for none" in skipped["images/0.png"]
+    assert "list written as text" in skipped["images/2.png"]
+
+
+def test_images_of_other_kinds_and_captions_without_an_image_are_told(put, run, image_bytes):
+    kinds = ["heic", "heif", "avif", "gif", "bmp", "tif", "tiff", "jp2", "jxl", "svg", "ico", "raw", "dng", "HEIC"]
+    for number, kind in enumerate(kinds):
+        put(f"{number}.{kind}", "a caption", data=b"not what we read")
+    for number, kind in enumerate(["jfif", "jpe", "HEIC", "bmp"]):
+        put(f"read{number}.{kind}", f"caption {kind}", data=image_bytes(number, "JPEG"))
+    samples, skipped = run()
+    assert [sample.image_field for sample in samples.values()] == ["jpg"] * 4
+    assert skipped.keys() == {f"{number}.{kind}" for number, kind in enumerate(kinds)}
+    assert "is a .heic file" in skipped["0.heic"]
+
+
+def test_a_caption_file_without_an_image_is_told(put, run, also):
+    put("a.png", "one")
+    also(
+        {"b.txt": "two", "c.caption": "three", "d/e.txt": "four", "captions.csv": "image,caption\na.png,one\nf.png,x\n"}
+    )
+    _, skipped = run()
+    assert skipped.keys() == {"b.txt", "c.caption", "d/e.txt", "captions.csv: f.png"}

@@ -7,18 +7,18 @@ import signal
 import subprocess
 import sys
 import zlib
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 
 from data_pipeline.errors import DataError
 from data_pipeline.importers.folder import import_folder
+from data_pipeline.importers.hold_out import choose_of_classes, choose_test, plain
 from data_pipeline.importers.image import image_field
 from data_pipeline.importers.split import (
     Candidate,
     Request,
-    choose_test,
-    plain,
     refuse_existing,
     unique_keys,
     write_split,
@@ -382,3 +382,30 @@ def test_a_killed_import_goes_on_where_it_was(tmp_path, image_bytes):
     assert (out / "train/shard-000000.tar").stat().st_mtime_ns == finished
     assert sorted(os.listdir(out)) == ["test", "train"]
     assert import_folder(source, out, test_share=0.1, processes=0).already
+
+
+def test_every_class_of_two_is_in_both_sets():
+    classes = ["cat"] * 40 + ["dog"] * 3 + ["eel"] * 2 + ["one"]
+    names = [f"{label}/{number}" for number, label in enumerate(classes)]
+    held_out = choose_of_classes(classes, names, 0.1, 0)
+    assert Counter(classes[number] for number in held_out) == {"cat": 4, "dog": 1, "eel": 1}
+    assert held_out == choose_of_classes(classes, names, 0.1, 0) != choose_of_classes(classes, names, 0.1, 1)
+    with pytest.raises(ValueError, match="each of the 2 classes has one sample"):
+        choose_of_classes(["a", "b"], ["1", "2"], 0.1, 0)
+
+
+def test_a_class_of_which_the_test_image_cannot_be_read_is_drawn_again(tmp_path, read_all):
+    numbers = [(label, number) for label in ("cat", "dog") for number in range(6)]
+    items = [Candidate(f"{label}/{n}", (label,), n if n else -1, {"label": label}, True) for label, n in numbers]
+    for seed in range(6):
+        imported = write_split(tmp_path / f"{seed}", items, read_number, test_share=0.2, seed=seed, processes=0)
+        assert {sample.label() for sample in read_all(tmp_path / f"{seed}/test")} == {"cat", "dog"}
+        assert len(imported.skipped) == 2
+
+
+def test_what_is_in_no_published_set_is_told(tmp_path, read_all):
+    items = [
+        replace(each, part=part) for each, part in zip(candidates_of(range(3)), ("train", "test", None), strict=True)
+    ]
+    imported = write_split(tmp_path / "out", items, read_number, test_share=None, seed=0, processes=0)
+    assert [skip.source for skip in imported.skipped] == ["2.x"]

@@ -142,6 +142,51 @@ def test_bad_tables_are_one_sentence(folder, tmp_path, data, words):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["table.tsv", "table.csv"])
+@pytest.mark.parametrize("cells", [{1: '"never closed', 3: 'a pipe of 5"'}, {0: '"open', 1: 'closed"'}])
+def test_a_quote_that_swallows_rows_is_refused_and_can_be_a_letter(folder, run, tmp_path, name, cells):
+    divider = "," if name.endswith("csv") else "\t"
+    rows = [("image", "caption"), *((f"images/{n}.png", cells.get(n, f"caption {n}")) for n in range(5))]
+    table = write(folder, "\n".join(map(divider.join, rows)), name)
+    first, last = min(cells) + 2, max(cells) + 2
+    with pytest.raises(DataError, match=rf"line {first}: a quote .* closes in line {last}, with rows .*--no-quotes"):
+        import_table(table, tmp_path / "out")
+    samples, skipped = run(table, quotes=False)
+    assert not skipped
+    assert [samples[f"images/{n}.png"].captions()[0] for n in range(5)] == [
+        cells.get(n, f"caption {n}") for n in range(5)
+    ]
+
+
+def test_a_caption_of_several_lines_is_no_row(folder, run):
+    text = "a cat, asleep\nand a dog, awake\n1. two, 2. three"
+    samples, skipped = run(write(folder, f'image,caption\nimages/0.png,"{text}"\n'))
+    assert samples["images/0.png"].captions() == (text,)
+    assert not skipped
+
+
+def test_two_columns_of_one_name_are_refused(folder, run):
+    with pytest.raises(DataError, match="2 columns called 'caption'"):
+        run(write(folder, "image,caption,caption\nimages/0.png,a,b\n"))
+
+
+def test_what_stands_for_no_caption_is_told(folder, run):
+    bad = ["nan", "None", "NULL", "n/a", "\"['a', 'b']\""]
+    rows = [f"images/{n % 4}.png,{text}" for n, text in enumerate(bad)]
+    samples, skipped = run(write(folder, "image,caption\n" + "\n".join([*rows, "images/4.png,a none of nans"])))
+    assert samples["images/4.png"].captions() == ("a none of nans",)
+    assert len(samples) == 1
+    assert "stands for none" in skipped["images/1.png"]
+    assert "list written as text" in skipped["images/0.png"]
+
+
+def test_images_that_the_table_does_not_name_are_noted(folder, tmp_path):
+    (folder / "images/x.heic").touch()
+    table = write(folder, "image,caption\nimages/0.png,a\n")
+    imported = import_table(table, tmp_path / "out", test_share=0, processes=0)
+    assert imported.notes == ("table.csv does not name 5 of the images beside those it names, such as images/1.png",)
+
+
 def test_a_caption_longer_than_the_csv_module_likes(folder, run):
     samples, _ = run(write(folder, f"image,caption\nimages/0.png,{'long ' * 40_000}\n"))
     assert len(samples["images/0.png"].captions()[0]) == 199_999
