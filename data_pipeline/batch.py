@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from data_pipeline.buckets import BucketOrder
+from data_pipeline.damage import cause_of, opened
 from data_pipeline.decode import decode_image
 from data_pipeline.errors import DamagedSampleError, DataError
 from data_pipeline.joined import Joined
@@ -55,6 +56,7 @@ class Corrupt:
     key: str
     shard: str
     reason: str
+    cause: str = ""  # what raised, and where: as damage.cause_of
 
 
 @dataclass
@@ -192,30 +194,26 @@ class BatchMaker:
     def _fill(self, batch: Batch, row: int, position: int, sample: int, epoch: int) -> int:
         """Write a sample into its row, or the first of its replacements that can be used; returns its id."""
         for attempt in range(ATTEMPTS):
-            problem = self._try(batch, row, epoch, sample)
-            if problem is None:
+            corrupt = self._try(batch, row, epoch, sample)
+            if corrupt is None:
                 return sample
-            key, reason = problem
-            corrupt = Corrupt(sample, key, self.dataset.shard_file(sample), reason)
             batch.corrupt.append(corrupt)
             generator = sample_generator(self.seed, epoch, position, f"replacement {attempt}")
             alike = self.dataset.alike(sample)
             sample = alike[int(generator.integers(len(alike)))]
+        assert corrupt is not None
         raise DataError(
             f"{ATTEMPTS} samples in a row of {self.dataset.folder} cannot be used, "
-            f"the last being {corrupt.key!r} in {corrupt.shard}: {corrupt.reason}"
+            f"the last being {corrupt.key!r} in {corrupt.shard}: {corrupt.reason} ({corrupt.cause})"
         )
 
-    def _try(self, batch: Batch, row: int, epoch: int, sample: int) -> tuple[str, str] | None:
-        """Write a sample into its row; (its key, why) when it cannot be used."""
+    def _try(self, batch: Batch, row: int, epoch: int, sample: int) -> Corrupt | None:
+        """Write a sample into its row; what is wrong with it when it cannot be used."""
         try:
-            read = self.dataset.read(sample)
+            with opened(self.dataset, sample) as read:
+                self._write(batch, row, epoch, sample, read)
         except DamagedSampleError as error:
-            return error.key, str(error)
-        try:
-            self._write(batch, row, epoch, sample, read)
-        except DataError as error:
-            return read.key, str(error)
+            return Corrupt(sample, error.key, error.shard, error.reason, cause_of(error))
         return None
 
     def _write(self, batch: Batch, row: int, epoch: int, sample: int, read: Sample) -> None:

@@ -303,14 +303,14 @@ def _decode_sound(data: bytes) -> None:
 def _check_text(shard: str, sample: Sample, offsets: dict[str, int]) -> tuple[list[Problem], bool]:
     """What is wrong with a sample's captions and metadata, and whether it has, or should have had, a caption."""
     found: list[Problem] = []
-    captions: tuple[str, ...] = ()
+    captions: list[str] = []
     readable = True
     for name in ("json", "txt"):  # each alone, so that a bad one does not hide the other
         if name not in sample.fields:
             continue
         alone = Sample(sample.key, {name: sample.fields[name]})
         try:
-            mine = alone.captions()
+            mine = [text for _, texts in alone.written_captions() for text in texts]
             alone.label()
         except DataError as error:
             readable = False
@@ -320,7 +320,7 @@ def _check_text(shard: str, sample: Sample, offsets: dict[str, int]) -> tuple[li
             found += [
                 Problem("warning", shard, offsets[name], sample.key, f"caption {number} in the {name} field is empty")
                 for number, caption in enumerate(mine, start=1)
-                if not caption.strip()
+                if not caption
             ]
             captions = mine
     return found, bool(captions) or not readable

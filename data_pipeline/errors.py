@@ -10,14 +10,19 @@ class DataError(ValueError):
 
 
 class DamagedSampleError(DataError):
-    """The bytes of one sample are not those that were indexed; others of its shard may be."""
+    """One sample cannot be used, whatever is wrong with it; others of its shard may be good.
 
-    def __init__(self, key: str, message: str) -> None:
-        super().__init__(key, message)
+    `reason` says what is wrong; the text of the error also names the sample and its shard, where that is known.
+    """
+
+    def __init__(self, key: str, reason: str, shard: str = "") -> None:
+        super().__init__(key, reason, shard)
         self.key = key
+        self.reason = reason
+        self.shard = shard
 
     def __str__(self) -> str:
-        return str(self.args[1])
+        return f"sample {self.key!r} in {self.shard}: {self.reason}" if self.shard else self.reason
 
 
 def first_line(error: BaseException) -> str:

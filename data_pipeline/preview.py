@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from data_pipeline.damage import opened
 from data_pipeline.decode import decode_image
 from data_pipeline.errors import DataError
 from data_pipeline.index import written_whole
@@ -60,10 +61,10 @@ def _card(dataset: Dataset, number: int) -> str:
         f'<span title="sample {number} of the data set, {offset} of the shard">{escape(file)} &middot; {offset}</span>'
     )
     try:
-        sample = dataset.read(number)
+        with opened(dataset, number) as sample:
+            parts = [f'<div class="picture">{_picture(sample)}</div>', _sound(sample), _words(sample)]
     except DataError as error:
         return f'<article><div class="picture">{_bad(error)}</div><footer>{place}</footer></article>'
-    parts = [f'<div class="picture">{_picture(sample)}</div>', _sound(sample), _words(sample)]
     fields = ", ".join(f"{name} {readable_size(len(data))}" for name, data in sample.fields.items())
     footer = f'<footer><b dir="auto">{escape(sample.key)}</b>{place}<span>{escape(fields)}</span></footer>'
     return f"<article>{''.join(parts)}{footer}</article>"
@@ -107,7 +108,7 @@ def _words(sample: Sample) -> str:
     for number, caption in enumerate(captions[:MOST_CAPTIONS]):
         cut = caption[:MOST_CHARACTERS] + (" ..." if len(caption) > MOST_CHARACTERS else "")
         also = ' class="also"' if number else ""  # the first is the one that evaluation reads
-        parts.append(f'<p{also} dir="auto">{escape(cut)}</p>' if cut.strip() else '<p class="none">empty caption</p>')
+        parts.append(f'<p{also} dir="auto">{escape(cut)}</p>')
     if len(captions) > MOST_CAPTIONS:
         parts.append(f'<p class="none">and {len(captions) - MOST_CAPTIONS} more captions</p>')
     if not captions:

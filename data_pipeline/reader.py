@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.damage import opened
 from data_pipeline.decode import image_aspect
 from data_pipeline.errors import DamagedSampleError, DataError
 from data_pipeline.files import LocalFiles
@@ -137,10 +138,10 @@ class Dataset:
 
     def _aspect_of(self, sample: int) -> float:
         try:
-            read = self.read(sample)
+            with opened(self, sample) as read:
+                return math.nan if read.image_field is None else image_aspect(read.fields[read.image_field])
         except DamagedSampleError:  # the loader will name it
             return math.nan
-        return math.nan if read.image_field is None else image_aspect(read.fields[read.image_field])
 
     def close(self) -> None:
         """Close every file; the next read opens what it needs."""

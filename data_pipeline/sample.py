@@ -4,14 +4,17 @@ Design choices:
 - A field's name is everything after the first dot of the file's base name, lower-case, as `webdataset` splits it:
   `animals/cat-7.jpg` and `animals/cat-7.txt` are the fields "jpg" and "txt" of the sample "animals/cat-7".
 - Modality follows from the field's extension alone, so an index can be built without opening a single image.
-- Captions: the field "txt"; when the field "json" holds {"captions": [...]}, those instead. {"label": ...} is the
-  class for zero-shot classification, {"qa": [{"question": ..., "answer": ...}]} what is asked about it.
+- Captions: those in the field "json" ({"captions": [...]}), or else the one in the field "txt". A blank one is no
+  caption, wherever it stands: it is left out, and when a place has no other the next place is looked at.
+- {"label": ...} is the class for zero-shot classification, {"qa": [{"question": ..., "answer": ...}]} what is asked
+  about the sample; blank ones are none either.
 """
 
 from __future__ import annotations
 
+import codecs
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,17 +58,24 @@ class Sample:
 
         Raises DataError when a caption is not text.
         """
+        for _, texts in self.written_captions():
+            captions = tuple(text for text in texts if text)
+            if captions:
+                return captions
+        return ()
+
+    def written_captions(self) -> Iterator[tuple[str, list[str]]]:
+        """(field, its captions without white space around them, blank ones included), in the order of looking.
+
+        Raises DataError when a caption is not text, once that field is come to.
+        """
         captions = self.metadata().get("captions")
         if captions:
             if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
                 raise DataError(f"the json field of sample {self.key!r} has captions that are not a list of texts")
-            return tuple(_storable(caption, self.key) for caption in captions)
-        if "txt" not in self.fields:
-            return ()
-        try:
-            return (self.fields["txt"].decode("utf-8").strip(),)
-        except UnicodeDecodeError as error:
-            raise DataError(f"the txt field of sample {self.key!r} is not UTF-8 ({error})") from error
+            yield "json", [_storable(caption, self.key).strip() for caption in captions]
+        if "txt" in self.fields:
+            yield "txt", [_utf8(self.fields["txt"], self.key).strip()]
 
     def questions(self) -> list[tuple[str, str]]:
         """Every open question with its answer, the first being the one to evaluate with; [] when there is none.
@@ -79,12 +89,13 @@ class Sample:
             raise DataError(f"the json field of sample {self.key!r} has a qa that is no list of questions") from error
         if not all(isinstance(text, str) for pair in pairs for text in pair):
             raise DataError(f"the json field of sample {self.key!r} has a question or an answer that is not text")
-        return pairs
+        pairs = [(_storable(question, self.key), _storable(answer, self.key)) for question, answer in pairs]
+        return [pair for pair in pairs if all(text.strip() for text in pair)]
 
     def label(self) -> str | None:
         """The class name in the json field; None when there is none."""
         label = self.metadata().get("label")
-        return None if label is None else _storable(str(label), self.key)
+        return None if label is None else _storable(str(label), self.key).strip() or None
 
 
 @dataclass(frozen=True)
@@ -102,6 +113,17 @@ def _storable(text: str, key: str) -> str:
     except UnicodeEncodeError as error:
         raise DataError(f"the json field of sample {key!r} holds text that is not Unicode ({error})") from error
     return text
+
+
+def _utf8(data: bytes, key: str) -> str:
+    """Text from bytes, without the mark that some editors put before it; DataError when they are not UTF-8."""
+    try:
+        return data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+    except UnicodeDecodeError as error:
+        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):  # never that of UTF-8
+            what = f"the txt field of sample {key!r} is not UTF-8 but UTF-16 or UTF-32, by its first bytes"
+            raise DataError(f"{what}: save it as UTF-8") from error
+        raise DataError(f"the txt field of sample {key!r} is not UTF-8 ({error})") from error
 
 
 def find_field(names: Iterable[str], extensions: tuple[str, ...]) -> str | None:

@@ -25,7 +25,6 @@ import torch.nn.functional as F
 
 from data_pipeline import (
     BatchMaker,
-    DataError,
     Dataset,
     ImageTransform,
     TextTransform,
@@ -33,6 +32,8 @@ from data_pipeline import (
     open_dataset,
     sequential_batches,
 )
+from data_pipeline.damage import opened
+from data_pipeline.errors import DamagedSampleError
 from data_pipeline.index import written_whole
 from pretrain import load_model
 from pretrain.config import Recipe
@@ -97,10 +98,10 @@ def _class_names(classes: Path | None, dataset: Dataset) -> tuple[str, ...]:
         labelled = dataset if classes is None else open_dataset(classes)
         found = set()
         for number in range(len(labelled)):
-            sample = labelled.read(number)
             try:
-                label = sample.label()
-            except DataError:  # told where its scores are missing
+                with opened(labelled, number) as sample:
+                    label = sample.label()
+            except DamagedSampleError:  # told where its scores are missing
                 continue
             found |= {label} if label is not None else set()
     if len(found) < 2 and classes is not None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from data_pipeline import Dataset, Joined, Tokenizer
-from data_pipeline.errors import DamagedSampleError
+from data_pipeline.damage import opened
+from data_pipeline.errors import DamagedSampleError, DataError
 from pretrain.config import Recipe
 from pretrain.errors import RequestError
 from pretrain.parallel.groups import Ranks
@@ -63,12 +64,19 @@ def _made(recipe: Recipe, dataset: Dataset | Joined, given: Path | None) -> Toke
 
 
 def _captions(dataset: Dataset | Joined) -> list[str]:
-    """The captions of at most CAPTIONS_FOR_TOKENIZER samples, evenly spread; unreadable ones left out."""
+    """The captions of at most CAPTIONS_FOR_TOKENIZER samples, evenly spread; unreadable ones left out.
+
+    Raises DataError when there is none, with the first reason where samples are damaged.
+    """
     every = -(-len(dataset) // CAPTIONS_FOR_TOKENIZER)
     captions: list[str] = []
-    for sample in range(0, len(dataset), every):
+    first: DamagedSampleError | None = None
+    for number in range(0, len(dataset), every):
         try:
-            captions += dataset.read(sample).captions()
-        except DamagedSampleError:
-            continue  # named when training meets it
+            with opened(dataset, number) as sample:
+                captions += sample.captions()
+        except DamagedSampleError as error:  # named in quarantine.jsonl when training meets it
+            first = first or error
+    if first and not captions:
+        raise DataError(f"no caption of {dataset.folder} can be read; the first: {first}") from first
     return captions

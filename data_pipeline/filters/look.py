@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.damage import opened
 from data_pipeline.errors import DamagedSampleError, DataError
 from data_pipeline.filters.step import Change, Drop, Outcome, SampleStep, Step
 from data_pipeline.index import INDEX_FILE
@@ -65,11 +66,10 @@ class Look:
         hashes = []
         for number in samples:
             try:
-                sample = self.dataset.read(number)
+                with opened(self.dataset, number) as sample:
+                    key, found = sample.key, list(self._outcomes(sample))
             except DamagedSampleError as error:
-                key, found = error.key, self._damaged(error)
-            else:
-                key, found = sample.key, self._outcomes(sample)
+                key, found = error.key, list(self._damaged(error))
             hashes.append(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest())
             for step, outcome in found:
                 if isinstance(outcome, Drop):
@@ -87,7 +87,7 @@ class Look:
 
     def _damaged(self, error: DamagedSampleError) -> Iterator[tuple[int, Outcome | bytes]]:
         """The first step drops what is damaged, and no other sees it."""
-        yield from ((number, Drop(UNREADABLE, str(error))) for number in self.only or (0,))
+        yield from ((number, Drop(UNREADABLE, error.reason)) for number in self.only or (0,))
 
     def _outcomes(self, sample: Sample) -> Iterator[tuple[int, Outcome | bytes]]:
         if self.only is None:

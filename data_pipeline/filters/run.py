@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.damage import opened
 from data_pipeline.errors import DamagedSampleError, DataError
 from data_pipeline.filters.look import Found, Look, look_at_all, outcomes, what_is_read
 from data_pipeline.filters.report import DatasetName, Example, FilterReport, StepReport
@@ -248,12 +249,12 @@ class _Again:
         """The detail of the drop by this step."""
         last = None
         try:
-            read = self.dataset.read(sample)
+            with opened(self.dataset, sample) as read:
+                for number, outcome in outcomes(read, self.steps):
+                    if number == self.number:
+                        last = outcome
         except DamagedSampleError as error:
-            return str(error)
-        for number, outcome in outcomes(read, self.steps):
-            if number == self.number:
-                last = outcome
+            return error.reason
         assert isinstance(last, Drop), "a step judges a sample the same whenever it looks"
         return last.detail
 

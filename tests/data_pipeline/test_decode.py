@@ -1,15 +1,17 @@
 """Decoding: the pixels that Pillow sees, upright and on white, or one DataError."""
 
+import base64
 import io
 import struct
 import zlib
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from data_pipeline.decode import decode_image
+from data_pipeline.decode import PNG_PASSES, decode_and_remark, decode_image, image_aspect
 from data_pipeline.errors import DataError
 
 WIDTH, HEIGHT = 61, 43
@@ -200,3 +202,195 @@ def test_the_limit_is_inclusive(kind: str) -> None:
     assert decode_image(data, max_pixels=WIDTH * HEIGHT).shape == (HEIGHT, WIDTH, 3)
     with pytest.raises(DataError, match="over the limit"):
         decode_image(data, max_pixels=WIDTH * HEIGHT - 1)
+
+
+# --- what the strict decoder refuses and Pillow reads whole
+
+SAMPLINGS = ["1x4", "2x2,2x1", "3x1", "4x2", "1x1,2x2,1x1", "1x3", "3x2,1x1,1x2"]
+
+
+def sampled(factors: str) -> bytes:
+    """A JPEG whose header claims these sampling factors, its pixels being those of 4:4:4 read in another order."""
+    data = bytearray(encoded(picture(64, 64), "JPEG", subsampling=0))
+    start = data.index(b"\xff\xc0")
+    parts = [tuple(map(int, part.split("x"))) for part in factors.split(",")]
+    for number in range(3):
+        across, down = parts[number] if number < len(parts) else (1, 1)
+        data[start + 11 + 3 * number] = across << 4 | down
+    return bytes(data)
+
+
+@pytest.mark.parametrize("factors", SAMPLINGS)
+def test_a_header_of_unusual_sampling_is_no_error_of_another_kind(factors: str) -> None:
+    assert image_aspect(sampled(factors)) == 1.0
+    with suppress(DataError):  # too few pixels, for some
+        assert difference(decode_image(sampled(factors)), by_pillow(sampled(factors))) == 0
+
+
+# cjpeg -sample 1x4, 2x2,2x1 and 1x1,2x2,1x1 of an 8 x 8 ramp of colours, quality 30
+BY_CJPEG = {
+    "1x4": (
+        "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDABsSFBcUERsXFhceHBsgKEIrKCUlKFE6PTBCYFVlZF9VXVtqeJmBanGQc1tdhbWGkJ6j"
+        "q62rZ4C8ybqmx5moq6T/2wBDARweHigjKE4rK06kbl1upKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSk"
+        "pKSkpKSkpKT/wAARCAAIAAgDARQAAhEBAxEB/8QAFQABAQAAAAAAAAAAAAAAAAAAAAP/xAAXEAEAAwAAAAAAAAAAAAAAAAAAAwRh"
+        "/8QAFQEBAQAAAAAAAAAAAAAAAAAAAAP/xAAXEQEAAwAAAAAAAAAAAAAAAAACAARR/9oADAMBAAIRAxEAPwCUFDACy1sjVS2f/9k="
+    ),
+    "2x2,2x1": (
+        "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDABsSFBcUERsXFhceHBsgKEIrKCUlKFE6PTBCYFVlZF9VXVtqeJmBanGQc1tdhbWGkJ6j"
+        "q62rZ4C8ybqmx5moq6T/2wBDARweHigjKE4rK06kbl1upKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSk"
+        "pKSkpKSkpKT/wAARCAAIAAgDASIAAiEBAxEB/8QAFQABAQAAAAAAAAAAAAAAAAAAAAP/xAAXEAEAAwAAAAAAAAAAAAAAAAAAAwRh"
+        "/8QAFQEBAQAAAAAAAAAAAAAAAAAAAAL/xAAaEQACAgMAAAAAAAAAAAAAAAAAAgMEARNR/9oADAMBAAIRAxEAPwCUFDACzO/QVWmf"
+        "Xg//2Q=="
+    ),
+    "1x1,2x2,1x1": (
+        "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDABsSFBcUERsXFhceHBsgKEIrKCUlKFE6PTBCYFVlZF9VXVtqeJmBanGQc1tdhbWGkJ6j"
+        "q62rZ4C8ybqmx5moq6T/2wBDARweHigjKE4rK06kbl1upKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSk"
+        "pKSkpKSkpKT/wAARCAAIAAgDAREAAiIBAxEB/8QAFAABAAAAAAAAAAAAAAAAAAAAA//EABkQAAEFAAAAAAAAAAAAAAAAAAMAAQQT"
+        "Iv/EABYBAQEBAAAAAAAAAAAAAAAAAAACA//EABkRAQACAwAAAAAAAAAAAAAAAAABBAIDE//aAAwDAQACEQMRAD8AUMMNbZW1myAq"
+        "tuz5w//Z"
+    ),
+}
+
+
+@pytest.mark.parametrize("factors", BY_CJPEG)
+def test_whole_files_of_unusual_sampling(factors: str) -> None:
+    data = base64.b64decode(BY_CJPEG[factors])
+    image, remark = decode_and_remark(data)
+    assert difference(image, by_pillow(data)) == 0
+    assert remark == "an unusual chroma subsampling"
+
+
+def with_segment(marker: int, body: bytes) -> bytes:
+    data = encoded(picture(), "JPEG")
+    start = data.index(b"\xff\xdb")
+    return data[:start] + bytes([0xFF, marker]) + struct.pack(">H", len(body) + 2) + body + data[start:]
+
+
+def with_stray(bytes_before: bytes, marker: bytes) -> bytes:
+    data = encoded(picture(), "JPEG")
+    start = data.rindex(marker)
+    return data[:start] + bytes_before + data[start:]
+
+
+WHOLE = {
+    "2 before the end": with_stray(bytes(2), b"\xff\xd9"),
+    "100 before the end": with_stray(bytes([1]) * 100, b"\xff\xd9"),
+    "between segments": with_stray(b"\0\1\2", b"\xff\xdb"),
+    "before the frame": with_stray(b"\7", b"\xff\xc0"),
+    "a bad ICC segment": with_segment(0xE2, b"ICC_PROFILE\0\5\3xxxxx"),
+    "an unknown Adobe transform": with_segment(0xEE, b"Adobe\0d\0\0\0\0\7"),
+}
+
+
+@pytest.mark.parametrize("defect", WHOLE)
+def test_small_defects_without_a_lost_pixel_go_by_pillow(defect: str) -> None:
+    image, _ = decode_and_remark(WHOLE[defect])
+    assert difference(image, by_pillow(WHOLE[defect])) == 0
+
+
+def test_it_says_what_is_odd_about_such_a_file() -> None:
+    assert "extraneous bytes" in decode_and_remark(WHOLE["between segments"])[1]
+    assert decode_and_remark(encoded(picture(), "JPEG"))[1] == ""
+
+
+def test_lost_pixels_stay_an_error() -> None:
+    whole = encoded(picture(200, 150), "JPEG")
+    for data in (whole[:-2], whole[:-30], whole[: len(whole) // 2], whole[:700] + bytes(300) + whole[1000:]):
+        with pytest.raises(DataError):
+            decode_image(data)
+
+
+HEADERS = {
+    "JPEG": encoded(picture(16, 16), "JPEG", subsampling=0, quality=20),
+    "progressive JPEG": encoded(picture(9, 9), "JPEG", progressive=True, subsampling=2, quality=20),
+    "PNG": encoded(picture(7, 5), "PNG"),
+    "palette PNG": encoded(Image.fromarray(picture(7, 5)).quantize(8), "PNG", transparency=3),
+    "grey PNG": png(struct.pack(">IIBBBBB", 4, 3, 2, 0, 0, 0, 0), zlib.compress(bytes([0, 27] * 3))),
+    "WEBP": encoded(picture(7, 5), "WEBP", quality=20),
+    "lossless WEBP": encoded(picture(7, 5), "WEBP", lossless=True),
+}
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_no_value_of_any_byte_raises_anything_but_a_data_error(kind: str) -> None:
+    """In CI: every byte of the header with some 6 of the values, each value at some byte."""
+    whole = HEADERS[kind]
+    with_values = ((place, value) for place in range(2, min(len(whole), 700)) for value in range(place % 41, 256, 41))
+    for place, value in with_values:
+        data = bytearray(whole)
+        data[place] = value
+        with suppress(DataError):
+            decode_image(bytes(data), max_pixels=1e5)
+        assert not image_aspect(bytes(data)) <= 0
+
+
+# --- PNG: transparency of grey, rows and palettes that are missing
+
+
+def chunked(header: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
+    whole = png(header, b"")
+    head, tail = whole[:33], whole[-12:]
+    between = (
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    )
+    return head + b"".join(between) + tail
+
+
+@pytest.mark.parametrize(
+    ("depth", "row", "clear", "seen"),
+    [
+        (1, [0b01000000], 1, [0, 255]),
+        (1, [0b01000000], 0, [255, 255]),
+        (2, [0b01100000], 1, [255, 170]),
+        (2, [0b01100000], 2, [85, 255]),
+        (4, [0x3A], 3, [255, 170]),
+        (4, [0x3A], 10, [51, 255]),
+        (8, [7, 9], 9, [7, 255]),
+        (16, [0x12, 0x34, 0x12, 0x35], 0x1234, [255, 0x12]),
+        (16, [0x12, 0x34, 0x12, 0x35], 0x1236, [0x12, 0x12]),
+    ],
+)
+def test_grey_with_a_transparent_colour_of_any_depth(depth: int, row: list[int], clear: int, seen: list[int]) -> None:
+    header = struct.pack(">IIBBBBB", 2, 1, depth, 0, 0, 0, 0)
+    data = chunked(header, (b"tRNS", struct.pack(">H", clear)), (b"IDAT", zlib.compress(bytes([0, *row]))))
+    assert decode_image(data)[0, :, 0].tolist() == seen
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+def test_colour_with_a_transparent_colour(depth: int) -> None:
+    pixels = np.array([[10, 20, 30], [40, 50, 60]]) * (257 if depth == 16 else 1)
+    header = struct.pack(">IIBBBBB", 2, 1, depth, 2, 0, 0, 0)
+    body = b"\0" + pixels.astype(">u2" if depth == 16 else "u1").tobytes()
+    clear = struct.pack(">HHH", *pixels[1].tolist())
+    data = chunked(header, (b"tRNS", clear), (b"IDAT", zlib.compress(body)))
+    assert decode_image(data)[0].tolist() == [[10, 20, 30], [255] * 3]
+
+
+@pytest.mark.parametrize("interlaced", [0, 1])
+@pytest.mark.parametrize("size", [(5, 8), (8, 7), (1, 9)])
+def test_rows_that_are_missing_are_an_error(interlaced: int, size: tuple[int, int]) -> None:
+    width, height = size
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, interlaced)
+    passes = PNG_PASSES if interlaced else ((0, 0, 1, 1),)
+    lines = [
+        b"\0" + bytes(value % 256 for value in range(1, 1 + -(-(width - left) // across)))
+        for left, top, across, down in passes
+        if width > left
+        for _ in range(top, height, down)
+    ]
+    assert decode_image(png(header, zlib.compress(b"".join(lines)))).shape == (height, width, 3)
+    for kept in range(len(lines)):
+        with pytest.raises(DataError, match="damaged PNG"):
+            decode_image(png(header, zlib.compress(b"".join(lines[:kept]))))
+
+
+def test_black_rows_that_are_there_are_none_missing() -> None:
+    assert (decode_image(encoded(np.zeros((9, 5, 3), np.uint8), "PNG")) == 0).all()
+    assert (decode_image(encoded(np.zeros((9, 5, 4), np.uint8), "PNG")) == 255).all()
+
+
+@pytest.mark.parametrize("palette", [(), ((b"PLTE", b""),)])
+def test_no_palette_is_an_error(palette: tuple[tuple[bytes, bytes], ...]) -> None:
+    header = struct.pack(">IIBBBBB", 2, 1, 8, 3, 0, 0, 0)
+    with pytest.raises(DataError, match="damaged PNG"):
+        decode_image(chunked(header, *palette, (b"IDAT", zlib.compress(b"\0\1\1"))))

@@ -5,9 +5,12 @@ import struct
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
-from data_pipeline.exif import APP1, ORIENTATION, SHORT, jpeg_orientation
+from data_pipeline.decode import decode_image
+from data_pipeline.exif import APP1, EXIF, ORIENTATION, XMP, jpeg_orientation
+
+SHORT = 3
 
 
 def jpeg(orientation: int | None = None) -> bytes:
@@ -20,10 +23,16 @@ def jpeg(orientation: int | None = None) -> bytes:
     return file.getvalue()
 
 
-def tiff(orientation: int, endian: str, kind: int = SHORT, directory: int = 8) -> bytes:
+def tiff(orientation: int, endian: str, kind: int = SHORT, directory: int = 8, count: int = 1) -> bytes:
     order = b"II" if endian == "<" else b"MM"
     header = order + struct.pack(endian + "HI", 42, directory)
-    return header.ljust(directory, b"\0") + struct.pack(endian + "HHHIHH", 1, ORIENTATION, kind, 1, orientation, 0)
+    return (
+        header.ljust(directory, b"\0")
+        + struct.pack(endian + "HHHI", 1, ORIENTATION, kind, count)
+        + struct.pack(
+            endian + ("I" if kind in (4, 9) else "HH"), *((orientation,) if kind in (4, 9) else (orientation, 0))
+        )
+    )
 
 
 def jpeg_with(*segments: tuple[int, bytes], fill: bytes = b"") -> bytes:
@@ -44,6 +53,40 @@ def test_either_byte_order_after_other_segments(endian: str, fill: bytes) -> Non
     assert jpeg_orientation(jpeg_with((0xE0, b"JFIF\0"), xmp, exif, fill=fill)) == 6
 
 
+def by_pillow(data: bytes) -> np.ndarray:
+    return np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+
+
+WRITTEN = {
+    "long": EXIF + tiff(6, "<", kind=4),
+    "long, big end first": EXIF + tiff(8, ">", kind=4),
+    "signed": EXIF + tiff(5, ">", kind=8),
+    "signed long": EXIF + tiff(7, "<", kind=9),
+    "byte": EXIF + tiff(6, "<", kind=1),
+    "two": EXIF + tiff(6, "<", count=2),
+    "xmp": XMP + b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>',
+    "xmp element": XMP + b"<tiff:Orientation>3</tiff:Orientation>",
+    "xmp out of range": XMP + b'tiff:Orientation="9"',
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("where", WRITTEN)
+@pytest.mark.parametrize("exif", [None, 1, 4])
+def test_other_spellings_as_pillow_takes_them(where: str, exif: int | None) -> None:
+    """Alone, and after an EXIF segment with an orientation of its own."""
+    first = jpeg(exif) if exif else jpeg()
+    if exif is None:  # no EXIF segment at all
+        file = io.BytesIO()
+        Image.effect_mandelbrot((9, 7), (-2, -1, 1, 1), 20).convert("RGB").save(file, "JPEG")
+        first = file.getvalue()
+    start = first.index(b"\xff\xdb")
+    body = WRITTEN[where]
+    data = first[:start] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + first[start:]
+    assert decode_image(data).shape == by_pillow(data).shape
+    assert (decode_image(data) == by_pillow(data)).all()
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -56,7 +99,8 @@ def test_either_byte_order_after_other_segments(endian: str, fill: bytes) -> Non
         b"\xff\xd8" + b"\xff" * 50,
         jpeg_with((APP1, b"Exif\0\0")),
         jpeg_with((APP1, b"Exif\0\0" + b"XX" + tiff(6, "<")[2:])),
-        jpeg_with((APP1, b"Exif\0\0" + tiff(6, "<", kind=4))),
+        jpeg_with((APP1, b"Exif\0\0" + tiff(6, "<", kind=1))),  # a byte, which Pillow takes for no number
+        jpeg_with((APP1, b"Exif\0\0" + tiff(6, "<", count=0))),
         jpeg_with((APP1, b"Exif\0\0" + tiff(6, "<")[:-6])),
         jpeg_with((APP1, b"Exif\0\0" + b"II*\0" + struct.pack("<I", 0xFFFFFFFF))),
         jpeg_with((0xDA, b""), (APP1, b"Exif\0\0" + tiff(6, "<"))),  # after the start of the pixels

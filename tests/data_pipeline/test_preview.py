@@ -120,7 +120,7 @@ def test_bad_samples_have_cards_that_say_why(tmp_path: Path) -> None:
     assert "no picture" in cards["words"]
     assert "is not JSON" in cards["bad"]
     assert "is not UTF-8" in cards["latin"]
-    assert "empty caption" in cards["empty"]
+    assert "no caption" in cards["empty"]
     assert "no caption" in cards["none"]
     assert "not Unicode" in cards["surrogate"]
     assert len(page.images()) == 4

@@ -52,7 +52,6 @@ def test_modalities(names: set[str], modalities: tuple[str, ...]) -> None:
 
 def test_caption_of_the_txt_field_is_stripped() -> None:
     assert Sample("k", {"txt": " a \u00e9 cat\r\n".encode()}).captions() == ("a \u00e9 cat",)
-    assert Sample("k", {"txt": b""}).captions() == ("",)
     assert Sample("k", {"jpg": b""}).captions() == ()
 
 
@@ -60,6 +59,25 @@ def test_captions_of_the_json_field_come_before_those_of_txt() -> None:
     assert with_json({"captions": ["one", "two"]}, txt=b"three").captions() == ("one", "two")
     assert with_json({"captions": []}, txt=b"three").captions() == ("three",)
     assert with_json({"other": 1}, txt=b"three").captions() == ("three",)
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\n\t", "\u00a0\u2003"])
+def test_a_blank_caption_is_none_and_the_next_place_is_looked_at(blank: str) -> None:
+    assert with_json({"captions": [blank, blank]}, txt=b"good").captions() == ("good",)
+    assert with_json({"captions": [blank, " good "]}, txt=b"other").captions() == ("good",)
+    assert with_json({"captions": [blank]}, txt=blank.encode()).captions() == ()
+    assert Sample("k", {"txt": blank.encode()}).captions() == ()
+    assert with_json({"label": blank}).label() is None
+    asked = [{"question": blank, "answer": "a"}, {"question": "q", "answer": blank}, {"question": "q", "answer": "a"}]
+    assert with_json({"qa": asked}).questions() == [("q", "a")]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_caption() -> None:
+    assert Sample("k", {"txt": b"\xef\xbb\xbfa cat"}).captions() == ("a cat",)
+    assert Sample("k", {"txt": b"\xef\xbb\xbf\r\n"}).captions() == ()
+    for encoding in ("utf-16", "utf-32"):
+        with pytest.raises(DataError, match="the txt field of sample 'k' is not UTF-8 but UTF-16"):
+            Sample("k", {"txt": "a cat".encode(encoding)}).captions()
 
 
 @pytest.mark.parametrize("captions", ["one", ["one", 2], {"a": "b"}, 7, [None]])
@@ -105,6 +123,8 @@ def test_half_characters_in_json_are_bad_data_and_not_an_encoder_error_later() -
         with_json({"captions": ["fine", "\ud800"]}).captions()
     with pytest.raises(DataError, match="'some/key' holds text that is not Unicode"):
         with_json({"label": "\udfff"}).label()
+    with pytest.raises(DataError, match="'some/key' holds text that is not Unicode"):
+        with_json({"qa": [{"question": "q", "answer": "\udfff"}]}).questions()
     assert Sample("k", {"json": rb'{"captions": ["\ud83e\udd86"]}'}).captions() == ("🦆",)
 
 
