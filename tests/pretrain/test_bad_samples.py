@@ -48,7 +48,7 @@ def test_every_damage_of_a_caption_is_named_and_training_goes_on(tmp_path: Path,
     data, run = write(tmp_path / "data", DAMAGE), tmp_path / "run"
     more = ["train.steps=3"]  # 41 samples: all are read
     if tokenizer:
-        assert train(write(tmp_path / "other", {}), tmp_path / "other-run", "train.steps=1") == 0
+        assert train(write(tmp_path / "other", {}), tmp_path / "other-run") == 0
         more.append(f"data.tokenizer={tmp_path / 'other-run' / 'tokenizer.json'}")
     assert train(data, run, *more) == 0
     named = read_lines(run / "quarantine.jsonl")
