@@ -40,6 +40,7 @@ FREE = (
     "data.workers",
     "data.tokenizer",
     "data.max_corrupt",
+    "data.max_corrupt_share",
     "train.stop_at",
     "train.micro_batch",
     "train.resume",

@@ -73,7 +73,10 @@ class Data(Section):
         description="longer side over shorter that training pictures keep, each batch of one shape; 1: all are squares",
     )
     flip: bool = Field(False, description="mirror half of the training pictures (changes the truth of 'left of')")
-    max_corrupt: int = Field(100, ge=0, description="undecodable samples to replace and report before the run stops")
+    max_corrupt: int = Field(100, ge=0, description="unusable samples to replace and report before the run stops")
+    max_corrupt_share: float = Field(
+        0.1, ge=0, le=1, description="likewise, as a share of the samples read so far; not asked for the first 7"
+    )
 
     @model_validator(mode="after")
     def _crop_scale_is_a_range(self) -> Data:

@@ -101,7 +101,7 @@ def _train(
     order = reading_order(recipe, dataset, picture_aspects(recipe, dataset, ranks))
     if ranks.is_first and (shapes := shapes_of(order)):
         line.say(shapes)
-    quarantine = Quarantine(recipe, start, ranks)
+    quarantine = Quarantine(recipe, start, ranks, len(dataset), line.say)
     waiting_hint = WaitHint(recipe.data.loader, recipe.data.workers, layout.world, os.cpu_count() or 1)
     guard = Guard(settings, run, checkpoint.guard if checkpoint else None)
     with ExitStack() as stack:
@@ -124,7 +124,8 @@ def _train(
                 guard.judge(stepped, done)
                 watchdog.phase("agree", done)
                 # who is told to stop at the last step is done anyway
-                stopping = quarantine.agree(batch.corrupt, bool(stop_signal)) and done < stop
+                position = done * settings.global_batch
+                stopping = quarantine.agree(batch.corrupt, bool(stop_signal), position) and done < stop
             except WeftError:
                 saver.finish()  # every rank is here: what is being saved will be there to go on from
                 raise
@@ -189,5 +190,7 @@ def _train(
                 return 128 + (stop_signal[0] if stop_signal else signal.SIGTERM)
         watchdog.phase("finish", stop)
     if ranks.is_first:
+        if damaged := quarantine.sum_up():
+            line.say(damaged)
         line.say(f"trained to step {stop} in {duration(time.perf_counter() - clock.began)}: {step_folder(run, stop)}")
     return 0

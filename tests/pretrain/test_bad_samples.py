@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from tars import picture, tar_of
 
+from data_pipeline import Corrupt
 from pretrain.cli import main
+from pretrain.config import load_recipe
+from pretrain.errors import WeftError
 from pretrain.metrics import read_lines
+from pretrain.parallel.groups import Ranks, start_ranks, stop_ranks
+from pretrain.parallel.layout import lay_out
+from pretrain.quarantine import Quarantine
 
 TINY = [
     "model.vision.layers=1", "model.vision.width=32", "model.vision.heads=2", "model.vision.image_size=16",
@@ -46,7 +54,7 @@ def train(data: Path, run: Path, *more: str) -> int:
 @pytest.mark.parametrize("tokenizer", [False, True])
 def test_every_damage_of_a_caption_is_named_and_training_goes_on(tmp_path: Path, tokenizer: bool) -> None:
     data, run = write(tmp_path / "data", DAMAGE), tmp_path / "run"
-    more = ["train.steps=3"]  # 41 samples: all are read
+    more = ["train.steps=3", "data.max_corrupt_share=1"]  # 41 samples: all are read
     if tokenizer:
         assert train(write(tmp_path / "other", {}), tmp_path / "other-run") == 0
         more.append(f"data.tokenizer={tmp_path / 'other-run' / 'tokenizer.json'}")
@@ -69,3 +77,72 @@ def test_captions_none_of_which_can_be_read_end_the_run_with_the_first_cause(
     assert "no caption of" in told
     assert "the first: sample 'bad-0' in 0.tar: the txt field of sample 'bad-0' is not UTF-8" in told
     assert "Traceback" not in told
+
+
+@pytest.fixture
+def ranks() -> Iterator[Ranks]:
+    ranks = start_ranks(lay_out(load_recipe("quickstart", []), 1), torch.device("cpu"))
+    yield ranks
+    stop_ranks(ranks)
+
+
+def corrupt(*numbers: int) -> list[Corrupt]:
+    return [Corrupt(number, f"s{number}", "0.tar", "damaged JPEG", "ValueError in decode.py") for number in numbers]
+
+
+def quarantine(folder: Path, ranks: Ranks, said: list[str], samples: int, *keys: str, start: int = 0) -> Quarantine:
+    recipe = load_recipe("quickstart", [f"run.dir={folder}", *keys])
+    return Quarantine(recipe, start, ranks, samples, said.append)
+
+
+def test_the_screen_tells_of_the_first_and_whenever_they_double(tmp_path: Path, ranks: Ranks) -> None:
+    said: list[str] = []
+    kept = quarantine(tmp_path, ranks, said, 1000)
+    for number in range(20):
+        kept.agree(corrupt(number), False, 1000)
+        kept.agree(corrupt(number), False, 1000)  # another epoch: the same sample once more
+    assert [line.split(" could")[0] for line in said] == [
+        "1 sample", "2 samples", "4 samples", "8 samples", "16 samples"
+    ]  # fmt: skip
+    assert "'s0' in 0.tar: damaged JPEG" in said[0]
+    assert str(tmp_path / "quarantine.jsonl") in said[0]
+    assert kept.sum_up().startswith("20 samples could not be used")
+    assert len(read_lines(tmp_path / "quarantine.jsonl")) == 20
+    again = quarantine(tmp_path, ranks, said, 1000, start=5)
+    assert again.sum_up() == ""
+    again.agree(corrupt(3), False, 1000)
+    assert len(said) == 5, "it is known from before"
+
+
+@pytest.mark.parametrize(
+    ("samples", "bad", "position", "ends"),
+    [
+        (16, 8, 16, True),  # half of a tiny set
+        (16, 8, 4000, True),  # over many epochs
+        (80, 40, 80, True),
+        (17, 1, 17, False),
+        (20, 7, 20, False),
+        (1000, 30, 200, True),
+        (1000, 30, 400, False),
+        (100_000, 100, 100_000, False),
+        (100_000, 101, 100_000, True),
+    ],
+)
+def test_too_many_by_count_or_by_share(
+    tmp_path: Path, ranks: Ranks, samples: int, bad: int, position: int, ends: bool
+) -> None:
+    kept = quarantine(tmp_path, ranks, [], samples)
+    if not ends:
+        kept.agree(corrupt(*range(bad)), False, position)
+        return
+    with pytest.raises(WeftError, match=r"data\.max_corrupt(_share)?=.*'s\d+' in 0.tar: damaged JPEG"):
+        kept.agree(corrupt(*range(bad)), False, position)
+
+
+def test_half_of_a_set_ends_the_run_and_a_few_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    half = write(tmp_path / "half", {f"{n}": {"txt": b"fine", "png": b"broken"} for n in range(30)})
+    assert train(half, tmp_path / "run") == 1
+    assert "more than data.max_corrupt_share=0.1 of them" in capsys.readouterr().err
+    few = write(tmp_path / "few", {"one": {"txt": b"fine", "png": b"broken"}}, good=20)
+    assert train(few, tmp_path / "other") == 0
+    assert "1 sample could not be used so far" in capsys.readouterr().err

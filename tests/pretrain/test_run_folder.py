@@ -107,6 +107,7 @@ FREE_CHANGES = [
     "data.workers=5",
     "data.tokenizer=some.json",
     "data.max_corrupt=7",
+    "data.max_corrupt_share=0.2",
     "train.stop_at=40",
     "train.micro_batch=16",
     "train.log_every=3",
