@@ -8,16 +8,22 @@ Design choices:
   again costs time, and no sample.
 - index.json and the tables of offsets are fetched where they lie beside the shards. Where they do not, each shard is
   read through once, several side by side, and what is found is kept in the cache: nothing is written to the URL.
+- Each time a data set is opened, the server is asked what lies there now: names from its listing, and of each shard the
+  size and the mark (listing.py). An index is held against them as in a folder, one in the cache is made anew when they
+  have changed, and pieces are kept under the mark: nothing is served from the cache that changed at the URL.
+- A folder that may not be listed is read by its index.json alone.
 - A client belongs to the process that made it: a forked one makes its own.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,13 +41,16 @@ from data_pipeline.index import (
     table_path,
     written_whole,
 )
+from data_pipeline.listing import Known, as_url, encoded, is_refusal, known_of, names_in_page, status_of
 
 PIECE = 1 << 20  # bytes: a few samples, and as long on the way as a request needs to be answered
 PATIENCE = 120.0  # seconds
 MISSING = 5.0  # seconds for a file that is not there: a server that has just started may not know it yet
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds
+MARKS_FILE = "marks.json"  # in the cache: what the server told of the shards that were read through
 STREAM = 8 << 20  # bytes of a shard that is read through, at a time
 SIDE_BY_SIDE = 8
+QUESTIONS = 32  # asked side by side
 
 
 @dataclass(frozen=True)
@@ -70,43 +79,64 @@ def open_remote(url: str, cache: Cache) -> tuple[RemoteFiles, Index]:
     with written_whole(files.folder / INDEX_FILE) as unfinished:
         unfinished.write_bytes(text)
     index = Index.load(files.folder)
-    sizes = files.sizes()
+    names = files.names()
+    listed = [] if names is None else [name for name in names if _is_shard(name)]
+    extra = sorted(set(listed) - {shard.file for shard in index.shards})
+    if extra:
+        raise DataError(
+            f"{files.url}/{extra[0]} is not in the index: run `weft data stats` where the folder lies, without its "
+            f"{INDEX_FILE}, to have it made anew"
+        )
+    files.ask_about([shard.file for shard in index.shards])
     for shard in index.shards:
-        size = sizes.get(shard.file)
-        if sizes and shard.file not in sizes:
+        known = files.known[shard.file]
+        if known is None:
             raise DataError(f"{files.url}/{shard.file} is in the index, but there is no such file")
-        if size is not None and size != shard.bytes:
-            raise DataError(f"{files.url}/{shard.file} has {size} bytes, but {shard.bytes} in the index")
+        if known.size is not None and known.size != shard.bytes:
+            raise DataError(f"{files.url}/{shard.file} has {known.size} bytes, but {shard.bytes} in the index")
     return files, index
 
 
 def _first_sight(files: RemoteFiles) -> Index:
-    """Read every tar through, and keep tables and index in the cache; used again while names and sizes are the same."""
-    sizes = files.sizes()
-    names = sorted(sizes)
+    """Read every tar through, and keep tables and index in the cache; used again while the server tells the same."""
+    listed = files.names()
+    if listed is None:
+        raise DataError(
+            f"{files.url} could not be listed, and there is no {INDEX_FILE}: allow the listing, or put an index there"
+        )
+    names = sorted(filter(_is_shard, listed))
     if not names:
         raise FileNotFoundError(f"no data set at {files.url}: there is no {INDEX_FILE} and no .tar file to be seen")
+    files.ask_about(names)
+    told = {name: list(files.known[name] or ()) for name in names}
     try:
         known = Index.load(files.folder)
-        if [shard.file for shard in known.shards] == names and all(
-            sizes[shard.file] in (None, shard.bytes) for shard in known.shards
-        ):
+        if json.loads((files.folder / MARKS_FILE).read_text(encoding="utf-8")) == told and [
+            (shard.file, shard.bytes) for shard in known.shards
+        ] == [(name, told[name][0] or shard.bytes) for name, shard in zip(names, known.shards, strict=True)]:
             return known
-    except (FileNotFoundError, DataError):
+    except (OSError, ValueError, DataError):
         pass
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
         index = Index(tuple(pool.map(files.read_through, names)))
     if index.samples == 0:
         raise DataError(f"there is no sample in the {len(names)} .tar files of {files.url}")
     index.save(files.folder)
+    with written_whole(files.folder / MARKS_FILE) as unfinished:
+        unfinished.write_text(json.dumps(told), encoding="utf-8")
     return index
+
+
+def _is_shard(name: str) -> bool:
+    return name.endswith(".tar") and not name.startswith(".")
 
 
 class RemoteFiles:
     """The files of one folder at a URL. Picklable; safe to use in forked processes."""
 
-    def __init__(self, url: str, cache: Cache) -> None:
+    def __init__(self, url: str, cache: Cache, known: dict[str, Known | None] | None = None) -> None:
         self.url, self._cache = url, cache
+        self.known = known or {}  # what the server told of files; None: there is no such file
         self.folder = cache.folder / hashlib.sha256(url.encode()).hexdigest()[:16]
         self._pieces = self.folder / "pieces"
         self._pieces.mkdir(parents=True, exist_ok=True)
@@ -151,36 +181,77 @@ class RemoteFiles:
         """Let go of connections; the next read makes new ones."""
         self._client = None
 
-    def sizes(self) -> dict[str, int | None]:
-        """The tars of the folder and their bytes, None where the server does not tell; {} when it lists nothing."""
+    def names(self) -> list[str] | None:
+        """The files of the folder, in the server's order; None when it may not be listed, [] when it lists nothing."""
 
-        def listed() -> dict[str, int | None]:
+        def listed() -> list[str] | None:
             self._connect()
             try:
+                if self._is_web:
+                    return names_in_page(self._client.cat_file(f"{self._root}/").decode("utf-8", "replace"), self._root)
                 found = self._client.ls(self._root, detail=True)
             except FileNotFoundError:
-                return {}
-            named = {each["name"].rstrip("/").rpartition("/")[2]: each.get("size") for each in found}
-            return {name: size for name, size in named.items() if name.endswith(".tar") and not name.startswith(".")}
+                return []
+            except NotImplementedError:
+                return None
+            except Exception as error:
+                if is_refusal(error):
+                    return None
+                raise
+            named = {each["name"].rstrip("/").rpartition("/")[2]: known_of(each) for each in found}
+            self.known.update({name: known for name, known in named.items() if known.size is not None and known.mark})
+            return list(named)
 
+        self.known.clear()
         return self._patiently(listed, f"{self.url} could not be listed")
 
+    def ask_about(self, names: list[str]) -> None:
+        """Ask the server about those files of which its listing did not tell size and mark."""
+        unknown = [name for name in names if name not in self.known]
+        if unknown:
+            self._connect()
+            with ThreadPoolExecutor(min(QUESTIONS, len(unknown))) as pool:
+                self.known.update(zip(unknown, pool.map(self._ask, unknown), strict=True))
+
+    def _ask(self, file: str) -> Known | None:
+        """What the server tells of a file; None when there is none."""
+
+        def asked() -> Known | None:
+            self._connect()
+            try:
+                return known_of(self._client.info(self._path(file)))
+            except Exception as error:
+                if is_refusal(error):
+                    return Known()
+                if isinstance(error, FileNotFoundError) and status_of(error) in (0, 404, 410):
+                    return None
+                raise
+
+        return self._patiently(asked, f"{self.url}/{file} could not be asked for")
+
     def whole(self, file: str) -> bytes | None:
-        """All bytes of a small file; None when there is none."""
+        """All bytes of a small file; None when there is none, or none that may be read.
+
+        Where a folder may not be listed, some servers forbid what is not there.
+        """
 
         def read() -> bytes | None:
             self._connect()
             try:
-                data: bytes = self._client.cat_file(f"{self._root}/{file}")
-            except FileNotFoundError:
+                data: bytes = self._client.cat_file(self._path(file))
+            except (FileNotFoundError, PermissionError):
                 return None
+            except Exception as error:
+                if status_of(error) == 403:
+                    return None
+                raise
             return data
 
         return self._patiently(read, f"{self.url}/{file} could not be read")
 
     def read_through(self, file: str) -> ShardEntry:
         """Bring a shard here, note where everything in it is, and let go of it."""
-        folder = self.folder / f".{file}.{os.getpid()}"
+        folder = self.folder / f".{uuid.uuid4().hex}"
         folder.mkdir(exist_ok=True)
         try:
             path = folder / file
@@ -217,7 +288,18 @@ class RemoteFiles:
         return data
 
     def _piece_path(self, file: str, number: int) -> Path:
-        return self._pieces / f"{file}.{number}"
+        """Where a piece is kept: under the file's mark, so that what replaces the file has pieces of its own."""
+        known = self.known.get(file) or Known()
+        name = "\n".join((file, str(known.size), known.mark))
+        return self._pieces / f"{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:24]}.{number}"
+
+    def _path(self, file: str) -> str:
+        """What the client calls a file."""
+        return as_url(self._root, file) if self._is_web else f"{self._root}/{file}"
+
+    @property
+    def _is_web(self) -> bool:
+        return self.url.startswith(("http://", "https://"))
 
     # --- the network
 
@@ -228,7 +310,7 @@ class RemoteFiles:
 
         def more() -> bytes:
             self._connect()
-            path = f"{self._root}/{file}"
+            path = self._path(file)
             if got and start + len(got) >= self._size(path, otherwise=end):
                 return b""  # a server without ranges would send the file from its beginning again
             try:
@@ -292,22 +374,23 @@ class RemoteFiles:
         if self.url.startswith("s3://"):
             retries = {"max_attempts": 0}
             options["config_kwargs"] = {"connect_timeout": 5, "read_timeout": 20, "retries": retries}
-        elif self.url.startswith("http"):
+        elif self._is_web:
             import aiohttp
 
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=20)
-            options["client_kwargs"] = {"timeout": timeout}
+            options |= {"client_kwargs": {"timeout": timeout}, "encoded": True}
         try:
-            self._client, self._root = fsspec.core.url_to_fs(self.url, **options)
+            url = encoded(self.url) if self._is_web else self.url
+            self._client, self._root = fsspec.core.url_to_fs(url, **options)
         except (ValueError, ImportError) as error:
             raise ValueError(f"{self.url} cannot be read: {error}") from error
         self._process = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url, "cache": self._cache}
+        return {"url": self.url, "cache": self._cache, "known": self.known}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["url"], state["cache"])  # type: ignore[misc]
+        self.__init__(state["url"], state["cache"], state["known"])  # type: ignore[misc]
 
 
 def _shrink(pieces: Path, most: int) -> None:

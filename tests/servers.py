@@ -12,17 +12,24 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
 class WebServer:
-    """Serves a folder with byte ranges and a listing; `spoil` may change an answer: (path, body) -> body or None."""
+    """Serves a folder with byte ranges and a listing; `spoil` may change an answer: (path, body) -> body or None.
+
+    `listing`: the status of an answer to a question for the folder; 200 lists it. `mark`: tells a file's entity tag, or
+    other headers, from its bytes; None tells none.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.spoil: Callable[[str, bytes], bytes | None] = lambda path, body: body
         self.ranges = True
+        self.listing = 200
+        self.mark: Callable[[bytes], dict[str, str]] | None = None
         self.asked: list[str] = []
         self.port = 0
         self.start()
@@ -35,15 +42,20 @@ class WebServer:
                 self.do_GET()
 
             def do_GET(self) -> None:
-                path = self.path.strip("/")
+                path = unquote(self.path.strip("/").partition("?")[0])
                 file = web.folder / path
                 web.asked.append(f"{self.command} {path} {self.headers.get('Range', '')}")
+                self.marks: dict[str, str] = {}
+                if not path and web.listing != 200:
+                    return self.answer(web.listing, b"", 0)
                 if not path:
-                    listing = "".join(f'<a href="{each.name}">{each.name}</a>' for each in web.folder.iterdir())
-                    return self.answer(200, listing.encode(), len(listing))
+                    names = (each.name for each in web.folder.iterdir())
+                    listing = "".join(f'<a href="{quote(name)}">{name}</a>' for name in names).encode()
+                    return self.answer(200, listing, len(listing))
                 if not file.is_file():
                     return self.answer(404, b"", 0)
                 whole = file.read_bytes()
+                self.marks = web.mark(whole) if web.mark else {}
                 asked = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")) if web.ranges else None
                 if asked is None:
                     return self.answer(200, whole, len(whole))
@@ -59,6 +71,8 @@ class WebServer:
                     return self.send_error(503)
                 self.send_response(status)
                 self.send_header("Content-Length", str(length))
+                for name, value in self.marks.items():
+                    self.send_header(name, value)
                 if web.ranges:
                     self.send_header("Accept-Ranges", "bytes")
                 if content_range:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import re
 import shutil
 import threading
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -216,6 +218,129 @@ def test_the_cache_keeps_its_bound(web: WebServer, tmp_path: Path) -> None:
 def test_a_kind_of_url_that_nobody_knows() -> None:
     with pytest.raises(ValueError, match="nonsense://x cannot be read: "):
         open_dataset("nonsense://x", Cache(Path("unused")))
+
+
+# --- what changes at the URL
+
+
+def tag(data: bytes) -> dict[str, str]:
+    return {"ETag": f'"{hashlib.sha256(data).hexdigest()[:16]}"'}
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    """Two shards and no index, to be changed and served."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in sorted(folder.glob("*.tar"))[:2]:
+        shutil.copy(path, copy)
+    return copy
+
+
+@pytest.fixture
+def served(copy: Path) -> Iterator[WebServer]:
+    server = WebServer(copy)
+    yield server
+    server.stop()
+
+
+def other(number: int) -> Sample:
+    """As large as `make`'s, and another."""
+    sample = make(number)
+    return Sample(sample.key, {"txt": b"CAPTION %d" % number, "jpg": sample.fields["jpg"]})
+
+
+def write_shard(path: Path, make_sample: Callable[[int], Sample], samples: int) -> None:
+    write_shards(samples, make_sample, path.parent.parent / "new", processes=0)
+    shutil.move(path.parent.parent / "new/shard-000000.tar", path)
+    shutil.rmtree(path.parent.parent / "new")
+
+
+@pytest.mark.parametrize("scheme", ["http", "file"])
+def test_a_shard_beside_the_index_is_refused_as_in_a_folder(served: WebServer, copy: Path, scheme: str) -> None:
+    url = served.url if scheme == "http" else f"file://{copy}"
+    load_index(copy)
+    assert len(open_dataset(url, Cache(copy.parent / "cache"))) == 20
+    shutil.copy(min(copy.glob("*.tar")), copy / "extra.tar")
+    for path in (copy, url):
+        with pytest.raises(DataError, match=r"extra\.tar is not in the index"):
+            open_dataset(path, Cache(copy.parent / "cache"))
+
+
+@pytest.mark.parametrize("samples", [9, 10, 11])  # shorter, as long, longer
+@pytest.mark.parametrize("scheme", ["http", "http by time", "file"])
+def test_a_shard_that_was_replaced_is_read_anew(served: WebServer, copy: Path, scheme: str, samples: int) -> None:
+    url = f"file://{copy}" if scheme == "file" else served.url
+    served.mark = tag if scheme == "http" else lambda data: {"Last-Modified": f"at {zlib.crc32(data)}"}
+    cache = Cache(copy.parent / "cache")
+    before = open_dataset(url, cache)
+    assert before.read(3) == make(3)
+    shard = min(copy.glob("*.tar"))
+    size = shard.stat().st_size
+    write_shard(shard, other, samples)
+    assert (shard.stat().st_size == size) == (samples == 10)
+    os.utime(shard, (1, 1))
+    after = open_dataset(url, cache)
+    assert after.read(3) == other(3), "neither the index nor the pieces are those of before"
+    assert len(after) == 10 + samples
+    assert (
+        after.fingerprint == open_dataset(url, Cache(copy.parent / "another node's")).fingerprint != before.fingerprint
+    )
+
+
+def test_without_marks_a_change_of_size_is_seen(served: WebServer, copy: Path) -> None:
+    cache = Cache(copy.parent / "cache")
+    assert len(open_dataset(served.url, cache)) == 20
+    write_shard(min(copy.glob("*.tar")), other, 9)
+    dataset = open_dataset(served.url, cache)
+    assert len(dataset) == 19
+    assert dataset.read(3) == other(3)
+
+
+def test_pieces_of_a_shard_replaced_together_with_its_index_are_fetched_again(served: WebServer, copy: Path) -> None:
+    served.mark = tag
+    load_index(copy)
+    cache = Cache(copy.parent / "cache")
+    assert open_dataset(served.url, cache).read(3) == make(3)
+    write_shard(min(copy.glob("*.tar")), other, 10)
+    for path in (*copy.glob("*.npz"), copy / INDEX_FILE):
+        path.unlink()
+    load_index(copy)
+    dataset = pickle.loads(pickle.dumps(open_dataset(served.url, cache)))
+    assert dataset.read(3) == other(3)
+
+
+NAMES = [
+    *("a b", "100%", "a%20b", "a#b", "a?b=c", "a+b", "a&b", "a;b", "a'b", 'a"b', "a<b>", "[a]{b}", "a@b:c"),
+    "\u00e4\u65e5\U0001f600",
+]
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_names_of_any_letters(served: WebServer, copy: Path, indexed: bool) -> None:
+    for name in NAMES:
+        shutil.copy(min(copy.glob("*.tar")), copy / f"{name}.tar")
+    cache = Cache(copy.parent / "cache")
+    local = load_index(copy)
+    if not indexed:
+        for path in (*copy.glob("*.npz"), copy / INDEX_FILE):
+            path.unlink()
+    dataset = open_dataset(served.url, cache)
+    assert dataset.fingerprint == local.fingerprint
+    assert len({dataset.read(number).key for number in range(len(dataset))}) == 20
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 405, 501])
+def test_a_folder_that_may_not_be_listed_is_read_by_its_index(served: WebServer, copy: Path, status: int) -> None:
+    served.listing = status
+    cache = Cache(copy.parent / "cache")
+    with pytest.raises((DataError, FileNotFoundError), match=r"there is no index\.json"):
+        open_dataset(served.url, cache)
+    load_index(copy)
+    assert open_dataset(served.url, cache).read(3) == make(3)
+    max(copy.glob("*.tar")).unlink()
+    with pytest.raises(DataError, match="is in the index, but there is no such file"):
+        open_dataset(served.url, cache)
 
 
 # --- S3
