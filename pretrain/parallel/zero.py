@@ -7,6 +7,7 @@ Design choices:
   the moment they appear, so that every ZeRO stage sees whole gradients.
 - A step whose gradients are not finite changes nothing: their norm tells all ranks alike.
 - Weight decay falls on matrices only: never on norms, biases, positions, tokens and scales.
+- In bf16 the scale and the bias of the logits stay fp32 (`precision`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pretrain.models.initialise import sharded_axis
 from pretrain.models.pieces import parameters_by_name
 from pretrain.parallel.groups import DeepSpeedGroups, Ranks
 from pretrain.parallel.layout import Layout
+from pretrain.parallel.precision import keep_precisions
 
 LARGEST_BUCKET = 500_000_000  # DeepSpeed's own default
 NOT_DECAYED = ("tokens.weight", "positions", "class_token")
@@ -36,6 +38,7 @@ class Zero:
     def __init__(self, model: torch.nn.Module, recipe: Recipe, layout: Layout, ranks: Ranks) -> None:
         import deepspeed
 
+        keep_precisions()
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         self.ranks, self.stage = ranks, layout.zero
         self._clip = recipe.train.grad_clip
@@ -145,15 +148,19 @@ def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trained parameters that decay (matrices), and those that do not."""
+    """Trained parameters that decay (matrices), and those that do not; each group of one precision."""
     decayed: list[torch.nn.Parameter] = []
     others: list[torch.nn.Parameter] = []
     for name, parameter in parameters_by_name(model):
         if parameter.requires_grad:
             decays = parameter.ndim >= 2 and not name.endswith(NOT_DECAYED)
             (decayed if decays else others).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    # DeepSpeed lays a group into one flat tensor, so a group has one precision
+    return [
+        {"params": [each for each in parameters if each.dtype == dtype], "weight_decay": decay}
+        for parameters, decay in ((decayed, weight_decay), (others, 0.0))
+        for dtype in dict.fromkeys(each.dtype for each in parameters)
+    ]
 
 
 def deepspeed_config(recipe: Recipe, layout: Layout, parameters: int) -> dict[str, Any]:
