@@ -106,8 +106,12 @@ def _refuse_wrong_combinations(recipe: Recipe) -> None:
     """What runs, but to other gradients than one process would have, or not at all."""
     asked = recipe.layout
     if asked.zero == 0 and recipe.train.precision == "bf16":
+        # deepspeed/runtime/engine.py:2314 has no optimizer for bf16 gradients that are added up in fp32 at stage 0; the
+        # one for bf16 sums (fp16/unfused_optimizer.py) also takes a missing gradient for zero, so a step that is to
+        # change nothing would move the weights
         raise RequestError(
-            "layout.zero=0 with train.precision=bf16 ends at another loss, undiagnosed: use layout.zero=1"
+            "layout.zero=0 with train.precision=bf16 would add up the gradients of microbatches and ranks in bf16, "
+            "because DeepSpeed keeps fp32 sums only from ZeRO-1 on: use layout.zero=1"
         )
     if asked.zero >= 2 and asked.pp > 1:
         raise RequestError(
