@@ -12,6 +12,7 @@ import os
 import shlex
 import sys
 import warnings
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -139,10 +140,24 @@ def evaluate(
 @weft.command()
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    other: Annotated[
+        Path | None, typer.Argument(metavar="[OTHER]", help="With --compare: the run to compare it with.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Where to write; default: RUN/report.html.")] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Say whether RUN and OTHER read the same data in order; exit 1 if not.")
+    ] = False,
     json_: Json = False,
 ) -> None:
-    """Write one self-contained HTML page about a run."""
+    """Write one self-contained HTML page about a run, or compare what two runs read."""
+    if compare != (other is not None):
+        raise RequestError("--compare takes two run folders: weft report --compare RUN OTHER")
+    if other is not None:
+        from pretrain.certificate import compare_orders
+
+        found = compare_orders(run, other)
+        print(json.dumps(asdict(found)) if json_ else found.sentence)
+        raise typer.Exit(0 if found.same else 1)
     from pretrain.report import write_report
 
     written = write_report(run, out or run / "report.html")

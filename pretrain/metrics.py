@@ -1,9 +1,9 @@
 """What a run writes down while it trains: metrics.jsonl for scripts, TensorBoard for the eye, a line for the terminal.
 
-metrics.jsonl has one object a logged step: step, epoch, samples, loss, loss_<objective>, grad_norm, lr, logit_scale,
-samples_per_s, tflops (a rank), mfu (null where the card's peak is not known), data_wait (share of the time spent
-waiting for data, 0 to 1), memory_gib (a rank's peak), time (Unix seconds). evaluation.jsonl has one object an
-evaluation.
+metrics.jsonl has one object a logged step: step, epoch, samples, loss, loss_<objective>, grad_norm, lr, skipped,
+logit_scale, order (the order certificate, see certificate.py), samples_per_s, tflops (a rank), mfu (null where the
+card's peak is not known), data_wait (share of the time spent waiting for data, 0 to 1), memory_gib (a rank's peak),
+time (Unix seconds). evaluation.jsonl has one object an evaluation.
 A resumed run cuts both files back to the step it resumes from, so each step stands there once.
 """
 
@@ -42,10 +42,13 @@ class RunLog:
 
     def step(self, line: dict[str, Any]) -> None:
         """One logged step; what is not finite is written as null."""
-        line = {name: value if math.isfinite(value or 0) else None for name, value in line.items()}
+        line = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in line.items()
+        }
         _append(self._metrics, line)
         for name, value in line.items():
-            if name not in ("step", "time") and value is not None:
+            if name not in ("step", "time", "order") and value is not None:
                 self._board.add_scalar(f"train/{name}", value, line["step"])
 
     def evaluation(self, line: dict[str, Any]) -> None:

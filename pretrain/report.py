@@ -24,7 +24,7 @@ from pydantic import BaseModel
 
 from data_pipeline.index import written_whole
 from data_pipeline.page import embedded, page, readable_size
-from pretrain.checkpoint.format import DESCRIPTION, LATEST, describe
+from pretrain.checkpoint.format import DESCRIPTION, describe, newest_of
 from pretrain.config import Recipe, keys_of
 from pretrain.errors import WeftError
 from pretrain.metrics import duration
@@ -268,7 +268,8 @@ def _unusable(record: RunRecord) -> str:
 
 def _checkpoints(record: RunRecord) -> str:
     folder = record.folder / "checkpoints"
-    newest = (folder / LATEST).resolve().name if (folder / LATEST).exists() else ""
+    found_newest = newest_of(folder)
+    newest = found_newest.name if found_newest else ""
     rows = []
     for path in sorted(folder.glob("step_*"), reverse=True):
         name = escape(path.name) + (" <b>latest</b>" if path.name == newest else "")

@@ -12,7 +12,8 @@ Several ranks write several files of each part, `weight-00001-of-00008.safetenso
 safetensors file of whole tensors, and every tensor is in exactly one. They are counted over the ranks that own any.
 
 Nothing is pickled. The folder appears by one rename when every byte of it is on disk; only then does the link `latest`
-move to it, by a rename too. What is called `step_*` is complete.
+move to it, by a rename too. What is called `step_*` is complete. On a file system without links `latest` is a file that
+holds the name.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class Checkpoint:
     parameters: dict[str, list[int]]  # name -> shape
     tensors: dict[str, dict[str, str]] = field(default_factory=dict)  # part -> parameter name -> file
     guard: dict[str, Any] = field(default_factory=dict)  # what the trainer's guard remembered
+    order: str | None = None  # the order certificate of the samples so far; None: not known
     description_is_whole: bool = True  # whether `checkpoint.json` has the sha256 that it says
 
     @property
@@ -76,19 +78,41 @@ def complete_steps(checkpoints: Path) -> list[Path]:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that a path means: itself, or the newest of a run folder. RequestError when there is none.
+    """The checkpoint that a path means: itself, or the newest of a run folder or of its folder of checkpoints.
 
-    The newest is what `latest` points to; where the link is lost (a copy without links), the highest complete step.
+    Raises RequestError when there is none.
     """
     path = Path(path)
-    for candidate in (path, path / "checkpoints" / LATEST, path / LATEST, *complete_steps(path / "checkpoints")[-1:]):
-        if (candidate / DESCRIPTION).is_file():
-            return candidate.resolve()
+    if (path / DESCRIPTION).is_file():
+        return path.resolve()
+    for folder in (path / "checkpoints", path):
+        if found := newest_of(folder):
+            return found.resolve()
     if not path.exists():
         raise RequestError(f"no checkpoint at {path}: there is no such folder")
-    raise RequestError(
-        f"no checkpoint in {path}: neither {DESCRIPTION} nor checkpoints/{LATEST}/{DESCRIPTION} is there"
-    )
+    raise RequestError(f"no checkpoint in {path}: there is no checkpoints/step_*/{DESCRIPTION} in it")
+
+
+def newest_of(checkpoints: Path) -> Path | None:
+    """The checkpoint that `latest` names in a folder of them, or the highest complete step; None without any."""
+    steps = complete_steps(checkpoints)
+    named = _named_by(checkpoints / LATEST)
+    return named if named and (named / DESCRIPTION).is_file() else (steps[-1] if steps else None)
+
+
+def _named_by(latest: Path) -> Path | None:
+    """What `latest` stands for: a link, a file with the name, or (a copy that followed links) a folder like it."""
+    try:
+        if latest.is_symlink():
+            return latest.resolve()
+        if latest.is_file():
+            return latest.with_name(Path(latest.read_text(encoding="utf-8").strip()).name)
+        if latest.is_dir():
+            original = step_folder(latest.parents[1], int(json.loads((latest / DESCRIPTION).read_text())["step"]))
+            return original if (original / DESCRIPTION).is_file() else latest
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError):
+        pass  # a link to itself, or bytes that name nothing
+    return None
 
 
 def newest_first(run: Path) -> list[Path]:
@@ -97,7 +121,8 @@ def newest_first(run: Path) -> list[Path]:
     if not steps:
         return []
     newest = find_checkpoint(run)
-    return [newest, *(path for path in reversed(steps) if path < newest)]
+    # a `latest` that is a folder of its own is the copy of a step that is gone
+    return [newest, *(path for path in reversed(steps) if path < newest or newest not in steps)]
 
 
 def describe(path: str | Path) -> Checkpoint:
@@ -120,10 +145,17 @@ def describe(path: str | Path) -> Checkpoint:
             parameters,
             tensors,
             dict(tree.get("guard", {})),
+            _order(tree.get("order")),
             tree.get("checksum") == checksum_of_description(tree),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeftError(f"{folder / DESCRIPTION} does not describe a checkpoint of ours ({error})") from error
+
+
+def _order(value: Any) -> str | None:
+    if value is not None:
+        int(value, 16)  # a ValueError or TypeError is caught where it is read
+    return value or None
 
 
 def _files(tree: Any, tensors: dict[str, dict[str, str]]) -> dict[str, str]:

@@ -54,6 +54,7 @@ class _Pending:
     step: int
     updates: int
     guard: Mapping[str, Any]
+    order: str
     files: dict[str, str] = field(default_factory=dict)  # of this rank: name -> sha256
     failure: str = ""
     thread: threading.Thread | None = None
@@ -76,14 +77,14 @@ class Saver:
         """Whether a checkpoint is being written."""
         return self._pending is not None
 
-    def save(self, step: int, guard: Mapping[str, Any] | None = None) -> None:
+    def save(self, step: int, guard: Mapping[str, Any] | None = None, order: str = "") -> None:
         """Begin to save the state after `step` steps; waits first for the checkpoint before, if that is not written.
 
-        `guard` is what the trainer's guard remembers. With checkpoint.asynchronous=false the checkpoint is complete on
-        return. Raises WeftError as `finish` does.
+        `guard` is what the trainer's guard remembers, `order` the certificate of what was read. With
+        checkpoint.asynchronous=false the checkpoint is complete on return. Raises WeftError as `finish` does.
         """
         self.finish()
-        pending = _Pending(step, 0, guard or {})
+        pending = _Pending(step, 0, guard or {}, order)
         try:
             self._unfinished(step).mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -170,7 +171,8 @@ class Saver:
             raise WeftError(
                 f"step {pending.step} could not be saved to {folder}: {failure}; the checkpoints before it are whole"
             )
-        if self._ranks.is_first:
+        # a step that changed nothing has the weights that made it fail: it pushes no earlier checkpoint out
+        if self._ranks.is_first and not pending.guard.get("in_a_row"):
             keep = self._recipe.checkpoint
             self._dropping = _in_thread(lambda: _drop_old(folder, keep.keep, keep.keep_every))
 
@@ -183,6 +185,7 @@ class Saver:
             "samples": pending.step * self._recipe.train.global_batch,
             "updates": pending.updates,
             "guard": dict(pending.guard),
+            "order": pending.order or None,
             "data_fingerprint": self._data_fingerprint,
             "recipe": self._recipe.model_dump(mode="json"),
             "parameters": {entry.name: list(entry.shape) for entries in self._snapshot.stages for entry in entries},
@@ -225,10 +228,16 @@ def _reason(error: Exception) -> str:
 
 
 def _point_latest(folder: Path) -> None:
-    aside = folder.parent / f".{LATEST}.new"
+    """Let `latest` name the folder: a link, or a file with the name where the file system has no links."""
+    latest, aside = folder.parent / LATEST, folder.parent / f".{LATEST}.new"
     aside.unlink(missing_ok=True)
-    aside.symlink_to(folder.name)
-    aside.replace(folder.parent / LATEST)
+    try:
+        aside.symlink_to(folder.name)
+    except OSError:
+        write_text(aside, folder.name + "\n")
+    if latest.is_dir() and not latest.is_symlink():  # of a copy that followed links
+        _remove(latest)
+    aside.replace(latest)
     _flush(folder.parent)
 
 
@@ -258,7 +267,7 @@ def _remove(folder: Path) -> None:
 
 def _remove_unfinished(checkpoints: Path) -> None:
     """What a killed run has left half-written or half-removed."""
-    for path in checkpoints.glob(f".step_*{UNFINISHED}"):
+    for path in checkpoints.glob(f".*{UNFINISHED}"):
         shutil.rmtree(path, ignore_errors=True)
 
 
