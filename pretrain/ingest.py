@@ -7,6 +7,7 @@ the others: what is decoded is decoded once, however many ranks hold pieces of t
 from __future__ import annotations
 
 import os
+import pickle
 import uuid
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
@@ -83,7 +84,7 @@ def _in_process(
 def _shared(batches: Batches, ranks: Ranks, steps: range) -> Batches:
     """The reader's batches on all ranks of its copy, on their devices; elsewhere `batches` is never begun.
 
-    An error of the reader is raised on every rank. What could not be used is told by the reader alone. All shapes are
+    Any error of the reader is raised on every rank. What could not be used is told by the reader alone. All shapes are
     told at the first step; later only the height and width of the pictures may change (data.aspect).
     """
     group = ranks.copy_group
@@ -98,8 +99,8 @@ def _shared(batches: Batches, ranks: Ranks, steps: range) -> Batches:
                 try:
                     batch = next(batches).to(ranks.device)
                     told = [{name: (sent.shape, sent.dtype) for name, sent in _packed(batch).items()}]
-                except (DataError, OSError) as error:
-                    told = [error.with_traceback(None)]
+                except Exception as error:  # whatever it is: the other ranks wait for a batch
+                    told = [sendable(error)]
             head = torch.tensor([isinstance(told[0], Exception), *(batch.image.shape[2:] if batch else (0, 0))])
             dist.broadcast(head, reader, group=group)
             failed, *size = head.tolist()
@@ -116,6 +117,16 @@ def _shared(batches: Batches, ranks: Ranks, steps: range) -> Batches:
                 if tensor.numel():
                     dist.broadcast(tensor, reader, group=group)
             yield batch or Batch(corrupt=[], **{name: _unpacked(tensor) for name, tensor in packed.items()})
+
+
+def sendable(error: Exception) -> Exception:
+    """For the other ranks: the error itself, or what it says where it does not survive the way to another process."""
+    error = error.with_traceback(None)
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # an exception of any class may refuse to be pickled, or to be made again, in any way
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def _packed(batch: Batch) -> dict[str, torch.Tensor]:

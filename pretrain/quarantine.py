@@ -7,7 +7,7 @@ not asked for the first FEW, which in a small set are a large share of it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import torch
@@ -40,18 +40,20 @@ class Quarantine:
         self._known = {int(line["sample"]) for line in read_lines(self._file)} if start_step else set()
         self._told = len(self._known)
 
-    def agree(self, corrupt: list[Corrupt], stop: bool, position: int) -> bool:
-        """Once a step, on every rank: take in what this rank's batch met; returns whether any rank was asked to stop.
+    def agree(
+        self, corrupt: list[Corrupt], stop: bool, position: int, sums: Sequence[int] = ()
+    ) -> tuple[bool, list[int]]:
+        """Once a step, on every rank: take in what this rank's batch met.
 
-        `position`: how many samples of the order have been read by now. Raises WeftError on every rank when too many
-        different samples were unusable.
+        `position`: how many samples of the order have been read by now. Returns whether any rank was asked to stop, and
+        `sums` added up over all ranks. Raises WeftError on every rank when too many different samples were unusable.
         """
-        found, stops = self._ranks.agree(torch.tensor([len(corrupt), int(stop)])).tolist()
+        found, stops, *totals = self._ranks.agree(torch.tensor([len(corrupt), int(stop), *sums])).tolist()
         if found:
             everyone: list[list[Corrupt]] = [[] for _ in range(self._ranks.world)]
             dist.all_gather_object(everyone, corrupt, group=self._ranks.control_group)
             self._take_in([each for part in everyone for each in part], min(position, self._samples))
-        return stops > 0
+        return stops > 0, totals
 
     def sum_up(self) -> str:
         """How many there are, for the end of a run; "" when there is none, or the last line on the screen said it."""

@@ -15,6 +15,7 @@ from data_pipeline.damage import opened
 from data_pipeline.errors import DamagedSampleError, DataError
 from pretrain.config import Recipe
 from pretrain.errors import RequestError
+from pretrain.ingest import sendable
 from pretrain.parallel.groups import Ranks
 
 CAPTIONS_FOR_TOKENIZER = 200_000
@@ -29,8 +30,10 @@ def tokenizer_of(recipe: Recipe, dataset: Dataset | Joined, given: Path | None, 
     if ranks.is_first:
         try:
             told = [_made(recipe, dataset, given).to_json()]
-        except (ValueError, OSError, RuntimeError) as error:
-            told = [error.with_traceback(None)]
+        except Exception as error:  # whatever it is: the other ranks wait for a tokenizer
+            if ranks.world > 1:
+                dist.broadcast_object_list([sendable(error)], src=0, group=ranks.control_group)
+            raise
     if ranks.world > 1:
         dist.broadcast_object_list(told, src=0, group=ranks.control_group)
     if isinstance(told[0], Exception):

@@ -167,7 +167,7 @@ def table(standings: Sequence[Standing], world: int) -> str:
     waiting = [each for each in standings if each not in behind]
     lines = [f"weft: no progress for {max(each.seconds for each in standings):.0f} s"]
     if silent:
-        lines.append(f"  {_ranks(silent)} left no word: gone, stopped, or stuck without the interpreter lock")
+        lines.append(f"  {ranks_in_words(silent)} left no word: gone, stopped, or stuck without the interpreter lock")
     elif not waiting and world > 1:
         phase, step = behind[0].phase, behind[0].step
         lines.append(f"  all ranks are in `{phase}` of step {step}: they wait for each other, or for the network")
@@ -177,13 +177,13 @@ def table(standings: Sequence[Standing], world: int) -> str:
     for place in sorted({each.place for each in waiting}):
         there = [each for each in waiting if each.place == place]
         lines.append(
-            f"  {_ranks([each.rank for each in there])} {'wait' if len(there) > 1 else 'waits'} for {them} "
+            f"  {ranks_in_words([each.rank for each in there])} {'wait' if len(there) > 1 else 'waits'} for {them} "
             f"in `{there[0].phase}` of step {there[0].step}, for {max(each.seconds for each in there):.0f} s"
         )
     return "\n".join(lines)
 
 
-def _ranks(numbers: Sequence[int]) -> str:
+def ranks_in_words(numbers: Sequence[int]) -> str:
     """ "rank 2", "ranks 0, 1, 3", "ranks 4-7": three and more in a row are shortened."""
     rows: list[list[int]] = []
     for number in numbers:

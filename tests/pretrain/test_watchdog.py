@@ -15,7 +15,7 @@ from ranks import RanksError, run_ranks
 from data_pipeline.scenes.synth import synthesise
 from pretrain.parallel.groups import TIMEOUT
 from pretrain.restart import NO_PROGRESS, newest_step
-from pretrain.watchdog import PHASES, SLOW, TABLE, Standing, _ranks, collective_timeout, table
+from pretrain.watchdog import PHASES, SLOW, TABLE, Standing, collective_timeout, ranks_in_words, table
 
 FORWARD = "forward and backward"
 SOURCE = Path(__file__).read_text().splitlines()
@@ -71,9 +71,9 @@ def test_nobody_is_blamed_when_all_stand_at_the_same_place() -> None:
 
 
 def test_many_ranks_are_named_shortly() -> None:
-    assert _ranks([3]) == "rank 3"
-    assert _ranks([0, 1, 3]) == "ranks 0, 1, 3"
-    assert _ranks([0, 1, 2, 3, 6, 8, 9]) == "ranks 0-3, 6, 8, 9"
+    assert ranks_in_words([3]) == "rank 3"
+    assert ranks_in_words([0, 1, 3]) == "ranks 0, 1, 3"
+    assert ranks_in_words([0, 1, 2, 3, 6, 8, 9]) == "ranks 0-3, 6, 8, 9"
 
 
 @pytest.mark.parametrize("phase", PHASES)

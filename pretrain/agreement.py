@@ -1,0 +1,124 @@
+"""Before the first step every rank tells what it is about to train on; ranks that differ refuse, in one sentence.
+
+Nodes may hold copies of the data, the recipe and the code, and a copy may be stale or incomplete. Each rank would then
+permute its own number of samples, and the run would train on something that nobody can say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_pipeline import Dataset, Joined
+from pretrain.checkpoint.format import Checkpoint
+from pretrain.checkpoint.load import of_all_ranks
+from pretrain.config import Recipe
+from pretrain.errors import RequestError, WeftError
+from pretrain.parallel.groups import Ranks
+from pretrain.run_folder import flat, versions
+from pretrain.watchdog import ranks_in_words
+
+SHOWN = 12  # characters of a fingerprint
+PACKAGES = ("pretrain", "data_pipeline", "kernels", "cluster")
+# Keys that name something of the node itself: what lies there is compared, not what it is called
+LOCAL = (
+    "run.dir",
+    "run.device",
+    "data.train",
+    "data.test",
+    "data.also",
+    "data.cache",
+    "data.tokenizer",
+    "data.workers",
+    "data.most_workers",
+    "data.ahead_gib",
+    "kernels.",
+    "train.init_from",
+    "layout.memory_gib",
+)
+
+
+def refuse_different_ranks(
+    recipe: Recipe,
+    dataset: Dataset | Joined,
+    test: Dataset | None,
+    checkpoint: Checkpoint | None,
+    ranks: Ranks,
+) -> None:
+    """WeftError on every rank, naming what differs and on which ranks; every rank calls this."""
+    if ranks.world == 1:
+        return
+    settings = {key: value for key, value in flat(recipe.model_dump(mode="json")).items() if not key.startswith(LOCAL)}
+    settings["data.also"] = str([source.weight for source in recipe.data.also])
+    told = {
+        "data.train": _data(dataset),
+        "data.test": _data(test),
+        "the recipe": _digest(repr(sorted(settings.items()))),
+        "weft's code": _code(),
+        "the versions of the libraries": _digest(repr(sorted(versions().items()))),
+        "the checkpoint to resume from": f"step {checkpoint.step}" if checkpoint else "none",
+    }
+    everyone: list[dict[str, str]] = of_all_ranks(told, ranks)
+    for name in told:
+        if len({each[name] for each in everyone}) == 1:
+            continue
+        if name == "the recipe":
+            name, values = _first_difference(of_all_ranks(settings, ranks))
+        else:
+            values = [each[name] for each in everyone]
+        raise WeftError(f"the ranks differ in {name}: {_by_value(values)}; give every rank the same")
+
+
+def refuse_nothing_to_train(model: torch.nn.Module, recipe: Recipe, ranks: Ranks) -> None:
+    """RequestError on every rank where train.freeze leaves a rank no parameter to train; every rank calls this."""
+    mine = (ranks.pp_rank, sum(each.numel() for each in model.parameters() if each.requires_grad))
+    trained: dict[int, int] = {}
+    for stage, numbers in of_all_ranks(mine, ranks):
+        trained[stage] = trained.get(stage, 0) + numbers
+    idle = sorted(stage for stage, numbers in trained.items() if not numbers)
+    if not idle:
+        return
+    freeze = list(recipe.train.freeze)
+    if len(idle) == len(trained):
+        raise RequestError(f"train.freeze is {freeze}, which leaves nothing to train: freeze fewer parameters")
+    which = f"pipeline stage{'s' if len(idle) > 1 else ''} {', '.join(map(str, idle))}"
+    raise RequestError(
+        f"train.freeze is {freeze}, which leaves {which} of layout.pp={ranks.pp_size} nothing to train: "
+        "use layout.pp=1, or freeze fewer parameters"
+    )
+
+
+def _data(dataset: Dataset | Joined | None) -> str:
+    return f"{len(dataset)} samples ({dataset.fingerprint[:SHOWN]})" if dataset is not None else "none"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:SHOWN]
+
+
+def _code() -> str:
+    """Of every source file of ours, so that changes that are not committed count."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parents[1]
+    for package in PACKAGES:
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(f"{path.relative_to(root)}\0".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:SHOWN]
+
+
+def _first_difference(settings: list[dict[str, Any]]) -> tuple[str, list[str]]:
+    keys = sorted({key for each in settings for key in each})
+    key = next(key for key in keys if len({str(each.get(key)) for each in settings}) > 1)
+    return key, [str(each.get(key)) for each in settings]
+
+
+def _by_value(values: list[str]) -> str:
+    """ "12 samples on ranks 0-2, 6 samples on rank 3"."""
+    ranks_of: dict[str, list[int]] = {}
+    for rank, value in enumerate(values):
+        ranks_of.setdefault(value, []).append(rank)
+    return ", ".join(f"{value} on {ranks_in_words(ranks)}" for value, ranks in ranks_of.items())
