@@ -11,10 +11,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pretrain.checkpoint.format import newest_of
 from pretrain.errors import WeftError
 from pretrain.parallel.engine import Stepped
 from pretrain.sections import Train
@@ -43,8 +44,16 @@ class Guard:
             return math.inf
         return self._settings.spike * statistics.median(self._losses)
 
-    def judge(self, stepped: Stepped, step: int) -> None:
-        """Count; WeftError when more than `train.max_skipped` steps in a row changed nothing."""
+    @property
+    def steady(self) -> bool:
+        """Whether the last step changed the parameters: a checkpoint is worth having then."""
+        return self._in_a_row == 0
+
+    def judge(self, stepped: Stepped, step: int, settle: Callable[[], None] = lambda: None) -> None:
+        """Count; WeftError when more than `train.max_skipped` steps in a row changed nothing.
+
+        `settle` is called before: what is being saved is there when the message says what can be done.
+        """
         if stepped.updated:
             self._losses.append(stepped.loss)
             self._in_a_row = 0
@@ -52,8 +61,26 @@ class Guard:
         self.skipped += 1
         self._in_a_row += 1
         if self._in_a_row > self._settings.max_skipped:
-            raise WeftError(
-                f"step {step}: loss {stepped.loss}, gradient norm {stepped.grad_norm}, and the last {self._in_a_row} "
-                f"step(s) changed nothing (train.max_skipped={self._settings.max_skipped}); lower train.lr, or raise "
-                f"train.warmup, and go on from the last checkpoint in {self._run / 'checkpoints'}"
+            settle()
+            raise WeftError(f"{self._what_happened(stepped, step)}; {self._what_can_be_done(stepped)}")
+
+    def _spiked(self, stepped: Stepped) -> bool:
+        return math.isfinite(stepped.loss) and stepped.loss > self.loss_limit
+
+    def _what_happened(self, stepped: Stepped, step: int) -> str:
+        if self._spiked(stepped):
+            why = (
+                f"the loss, {stepped.loss:.4g}, is above train.spike={self._settings.spike:g} times the median of "
+                f"the last {len(self._losses)}, which makes {self.loss_limit:.4g}"
             )
+        else:
+            why = f"the loss is {stepped.loss:.4g} and the gradient norm {stepped.grad_norm:.4g}"
+        skipped = f"the last {self._in_a_row} steps were" if self._in_a_row > 1 else "the step was"
+        return f"step {step}: {why}; {skipped} skipped, more than train.max_skipped={self._settings.max_skipped}"
+
+    def _what_can_be_done(self, stepped: Stepped) -> str:
+        change = "a larger train.spike" if self._spiked(stepped) else "a lower train.lr or a longer train.warmup"
+        checkpoint = newest_of(self._run / "checkpoints")
+        if checkpoint is None:
+            return f"there is no checkpoint yet: start again with {change}"
+        return f"start a new run from the last checkpoint, with {change}: run.dir=OTHER train.init_from={checkpoint}"

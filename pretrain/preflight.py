@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from data_pipeline import Dataset, Joined, open_dataset
 from pretrain.checkpoint.format import Checkpoint
+from pretrain.checkpoint.warm_start import find_warm_start
 from pretrain.config import Recipe
 from pretrain.errors import RequestError
 from pretrain.parallel.layout import Layout, lay_out
@@ -27,4 +28,7 @@ def check(recipe: Recipe, world: int) -> tuple[Layout, Dataset | Joined, Dataset
     test = open_dataset(recipe.data.test, cache_of(recipe)) if recipe.data.test else None
     if recipe.data.tokenizer and not recipe.data.tokenizer.is_file():
         raise RequestError(f"data.tokenizer is {recipe.data.tokenizer}, and there is no such file")
-    return layout, dataset, test, checkpoint_to_resume(recipe, dataset.fingerprint)
+    checkpoint = checkpoint_to_resume(recipe, dataset.fingerprint)
+    if checkpoint is None:
+        find_warm_start(recipe)
+    return layout, dataset, test, checkpoint

@@ -13,7 +13,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -42,6 +42,8 @@ FREE = (
     "data.max_corrupt",
     "data.max_corrupt_share",
     "train.stop_at",
+    "train.max_skipped",
+    "train.spike",
     "train.micro_batch",
     "train.resume",
     "train.log_every",
@@ -100,13 +102,15 @@ def checkpoints_to_resume(recipe: Recipe, data_fingerprint: str) -> Iterator[Che
 def _refuse_another_run(checkpoint: Checkpoint, recipe: Recipe, data_fingerprint: str) -> None:
     run = recipe.run.dir
     # through the model of a recipe, so that keys which are newer than the checkpoint stand there with their defaults
-    theirs = _flat(recipe_of(checkpoint.recipe, str(checkpoint.path)).model_dump(mode="json"))
-    mine = _flat(recipe.model_dump(mode="json"))
+    theirs = flat(recipe_of(checkpoint.recipe, str(checkpoint.path)).model_dump(mode="json"))
+    mine = flat(recipe.model_dump(mode="json"))
     for key in sorted(theirs.keys() | mine.keys()):
         if theirs.get(key) != mine.get(key) and not key.startswith(FREE):
+            other = f"run.dir=OTHER train.init_from={run}"
+            warm = "" if key.startswith(("model.", "run.")) else f"; {other} starts a new run from its weights"
             raise RequestError(
                 f"{run} holds a run with {key}={theirs.get(key)}, and this recipe has {key}={mine.get(key)}: "
-                "give another run.dir, or the same value"
+                f"give another run.dir, or the same value{warm}"
             )
     if checkpoint.data_fingerprint != data_fingerprint:
         raise RequestError(
@@ -114,8 +118,17 @@ def _refuse_another_run(checkpoint: Checkpoint, recipe: Recipe, data_fingerprint
         )
 
 
-def begin(recipe: Recipe, layout: Layout, data_fingerprint: str, resumed_step: int) -> None:
-    """Write config.yaml and manifest.json; a resumed run adds itself to the manifest's list of starts."""
+def begin(
+    recipe: Recipe,
+    layout: Layout,
+    data_fingerprint: str,
+    resumed_step: int,
+    warm_start: Mapping[str, Any] | None = None,
+) -> None:
+    """Write config.yaml and manifest.json; a resumed run adds itself to the manifest's list of starts.
+
+    `warm_start`: which weights a new run begins with; of a resumed run the manifest knows.
+    """
     run = recipe.run.dir
     run.mkdir(parents=True, exist_ok=True)
     with written_whole(run / "config.yaml") as unfinished:
@@ -124,7 +137,8 @@ def begin(recipe: Recipe, layout: Layout, data_fingerprint: str, resumed_step: i
     starts: list[dict[str, Any]] = []
     if resumed_step and path.is_file():
         with suppress(ValueError, AttributeError):  # a damaged manifest is written anew
-            starts = list(json.loads(path.read_text(encoding="utf-8")).get("starts", []))
+            before = json.loads(path.read_text(encoding="utf-8"))
+            starts, warm_start = list(before.get("starts", [])), before.get("init_from")
     starts.append({"step": resumed_step, "time": time.time(), "layout": str(layout), "world": layout.world})
     manifest = {
         "data_fingerprint": data_fingerprint,
@@ -135,6 +149,7 @@ def begin(recipe: Recipe, layout: Layout, data_fingerprint: str, resumed_step: i
         "versions": versions(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, "
         f"Python {platform.python_version()}",
+        "init_from": warm_start,
         "starts": starts,
     }
     with written_whole(path) as unfinished:
@@ -185,12 +200,12 @@ def _git(folder: Path, *arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Dotted keys; lists count as one value."""
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
+            found.update(flat(value, f"{prefix}{key}."))
         else:
-            flat[prefix + key] = value
-    return flat
+            found[prefix + key] = value
+    return found

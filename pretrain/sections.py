@@ -197,7 +197,7 @@ class Train(Section):
     micro_batch: int | None = Field(
         None, ge=1, description="samples a rank holds activations for; default: its whole share"
     )
-    lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
+    lr: float = Field(1e-3, gt=0, le=1e30, description="peak learning rate of AdamW")
     min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the cosine")
     warmup: int = Field(100, ge=0, description="steps of linear warm-up")
     weight_decay: float = Field(0.1, ge=0, description="on matrices; never on norms, biases, positions and scales")
@@ -221,11 +221,23 @@ class Train(Section):
         ge=0,
         description="a step changes nothing when its loss is above so many times the median of late; 0: never",
     )
+    init_from: Path | None = Field(
+        None, description="run folder or checkpoint whose weights a new run begins with; its own checkpoints come first"
+    )
+    init_only: tuple[str, ...] = Field(
+        (), description="which weights of train.init_from, by the beginning of their names: [vision.]; default: all"
+    )
     resume: Literal["auto", "never"] = Field("auto", description="auto goes on from the newest checkpoint of run.dir")
     log_every: int = Field(10, ge=1, description="steps between two lines of metrics.jsonl")
     watchdog: float = Field(
         300.0, ge=0, description="seconds without progress after which a rank says who waits for whom, and ends; 0: off"
     )
+
+    @model_validator(mode="after")
+    def _a_part_is_of_something(self) -> Train:
+        if self.init_only and self.init_from is None:
+            raise ValueError("init_only says which weights of init_from to begin with: give train.init_from too")
+        return self
 
 
 class Kernels(Section):

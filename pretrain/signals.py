@@ -1,12 +1,16 @@
-"""Being told to stop: SIGINT and SIGTERM are collected, and looked at between steps."""
+"""Being told to stop: SIGINT and SIGTERM are collected, and looked at between steps and within an evaluation."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from pretrain.parallel.groups import world_size
+import torch
+
+from pretrain.parallel.engine import Engine
+from pretrain.parallel.groups import Ranks, world_size
 
 
 @contextmanager
@@ -26,3 +30,29 @@ def stop_on_signal() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class StopAskedError(Exception):
+    """A rank was told to stop while all of them evaluated; raised on every rank at the same batch."""
+
+
+class Interruptible:
+    """An engine that an evaluation runs, until a rank is told to stop: asked of all ranks at each batch.
+
+    Every rank runs the model equally often in an evaluation, so all of them leave it at the same place.
+    """
+
+    def __init__(self, engine: Engine, ranks: Ranks, received: list[int]) -> None:
+        self._engine, self._ranks, self._received = engine, ranks, received
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._engine, name)
+        return self._asking(found) if name in ("encode_image", "encode_text", "token_losses") else found
+
+    def _asking(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        def asked(*inputs: Any) -> Any:
+            if int(self._ranks.agree(torch.tensor([int(bool(self._received))]))):
+                raise StopAskedError
+            return run(*inputs)
+
+        return asked

@@ -12,14 +12,18 @@ import os
 import signal
 import time
 from contextlib import ExitStack, suppress
+from pathlib import Path
 
 import kernels
 from data_pipeline import Dataset, Joined
 from data_pipeline.index import written_whole
 from pretrain import run_folder
+from pretrain.agreement import refuse_different_ranks, refuse_nothing_to_train
+from pretrain.certificate import Certificate
 from pretrain.checkpoint.format import TOKENIZER, Checkpoint, step_folder
-from pretrain.checkpoint.load import restore_checkpoint, whole_checkpoint
+from pretrain.checkpoint.load import load_warm_start, restore_checkpoint, whole_checkpoint
 from pretrain.checkpoint.save import Saver
+from pretrain.checkpoint.warm_start import WarmStart, find_warm_start
 from pretrain.config import Recipe
 from pretrain.errors import WeftError
 from pretrain.evaluation.evaluate import evaluate, summary
@@ -34,7 +38,7 @@ from pretrain.parallel.layout import Layout
 from pretrain.preflight import check
 from pretrain.quarantine import Quarantine
 from pretrain.schedule import learning_rate
-from pretrain.signals import stop_on_signal
+from pretrain.signals import Interruptible, StopAskedError, stop_on_signal
 from pretrain.sources import picture_aspects, reading_order, samples_read, shapes_of
 from pretrain.tokenizer import tokenizer_of
 from pretrain.watchdog import Watchdog, collective_timeout
@@ -80,22 +84,27 @@ def _train(
         candidates = run_folder.checkpoints_to_resume(recipe, dataset.fingerprint)
         checkpoint = whole_checkpoint(candidates, ranks, line.say)
         start = checkpoint.step if checkpoint else 0
+    refuse_different_ranks(recipe, dataset, test, checkpoint, ranks)
+    warm = None if checkpoint else find_warm_start(recipe)
     if ranks.is_first:
-        run_folder.begin(recipe, layout, dataset.fingerprint, start)
-    tokenizer = tokenizer_of(recipe, dataset, checkpoint.path / TOKENIZER if checkpoint else None, ranks)
+        run_folder.begin(recipe, layout, dataset.fingerprint, start, warm.record() if warm else None)
+    tokenizer = tokenizer_of(recipe, dataset, _given_tokenizer(recipe, checkpoint, warm), ranks)
 
     model = build_model(recipe, layout, ranks)
+    refuse_nothing_to_train(model, recipe, ranks)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     engine = Engine(model, recipe, layout, ranks)
     if checkpoint:
         restore_checkpoint(engine, checkpoint)
+    elif warm:
+        load_warm_start(engine, warm)
     flops = training_flops_per_sample(recipe.model)
     if ranks.is_first:
         line.say(
             f"{run}: {parameters / 1e6:.2f} M parameters{' a rank' if layout.tp * layout.pp > 1 else ''}, "
             f"{flops / 1e9:.3f} GFLOP a sample; {layout}; {len(dataset)} samples, "
             f"{settings.steps * settings.global_batch / len(dataset):.1f} epochs"
-            + (f"; going on from step {start}" if start else "")
+            + (f"; resuming at step {start}" if start else f"; starting from {warm}" if warm else "")
         )
 
     order = reading_order(recipe, dataset, picture_aspects(recipe, dataset, ranks))
@@ -104,6 +113,7 @@ def _train(
     quarantine = Quarantine(recipe, start, ranks, len(dataset), line.say)
     waiting_hint = WaitHint(recipe.data.loader, recipe.data.workers, layout.world, os.cpu_count() or 1)
     guard = Guard(settings, run, checkpoint.guard if checkpoint else None)
+    certificate = Certificate(dataset.fingerprint, checkpoint.order if checkpoint else "")
     with ExitStack() as stack:
         stack.callback(engine.close)
         log = stack.enter_context(RunLog(run, start)) if ranks.is_first else None
@@ -111,6 +121,7 @@ def _train(
         stop_signal = stack.enter_context(stop_on_signal())
         clock = Clock()
         saver = stack.enter_context(Saver(engine, run, recipe, tokenizer, dataset.fingerprint))
+        save_due = False
         for step in range(start, stop):
             watchdog.phase("data", step + 1)
             asked = time.perf_counter()
@@ -121,11 +132,12 @@ def _train(
             stepped = engine.step(batch.to(ranks.device), lr, guard.loss_limit)
             done = step + 1
             try:
-                guard.judge(stepped, done)
+                guard.judge(stepped, done, saver.finish)
                 watchdog.phase("agree", done)
-                # who is told to stop at the last step is done anyway
-                position = done * settings.global_batch
-                stopping = quarantine.agree(batch.corrupt, bool(stop_signal), position) and done < stop
+                rows = certificate.terms(batch) if ranks.is_reader else [0, 0]
+                told, sums = quarantine.agree(batch.corrupt, bool(stop_signal), done * settings.global_batch, rows)
+                certificate.add(*sums)
+                stopping = told and done < stop  # who is told to stop at the last step is done anyway
             except WeftError:
                 saver.finish()  # every rank is here: what is being saved will be there to go on from
                 raise
@@ -152,6 +164,7 @@ def _train(
                     "lr": lr,
                     "skipped": guard.skipped,
                     "logit_scale": stepped.logit_scale,
+                    "order": str(certificate) or None,
                     "samples_per_s": round(speed, 2),
                     "tflops": tflops,
                     "mfu": tflops / peak if peak else None,
@@ -166,21 +179,41 @@ def _train(
 
             paused = time.perf_counter()
             watchdog.phase("save", done)
-            if last:  # before an evaluation, which may fail
-                saver.save(done, guard.memory())
+            save_due = save_due or done % recipe.checkpoint.every == 0
+            saved = last or (save_due and guard.steady)  # before an evaluation, which may fail
+            if saved:
+                saver.save(done, guard.memory(), str(certificate))
+                save_due = False
+            if last:
                 saver.finish()
             every = recipe.eval.every
             if test is not None and not stopping and (done == stop or (every and done % every == 0)):
                 watchdog.phase("evaluate", done)
-                evaluation = evaluate(engine, test, tokenizer, recipe.model, recipe.eval, ranks)
-                if log:
+                try:
+                    evaluation = evaluate(
+                        Interruptible(engine, ranks, stop_signal), test, tokenizer, recipe.model, recipe.eval, ranks
+                    )
+                except StopAskedError:  # raised on every rank
+                    stopping = True
+                except Exception as error:
+                    # ours are raised on every rank; another may be this rank's alone, and saving takes all of them
+                    if isinstance(error, WeftError) or ranks.world == 1:
+                        watchdog.phase("save", done)
+                        if not saved:
+                            saver.save(done, guard.memory(), str(certificate))
+                        saver.finish()
+                    raise
+                if log and not stopping:
                     log.evaluation({"step": done, "samples": done * settings.global_batch, **evaluation.scores})
                     with written_whole(run / EXAMPLES) as unfinished:
                         unfinished.write_text(json.dumps(evaluation.examples) + "\n", encoding="utf-8")
                     line.say(f"step {done}: " + summary(evaluation.scores))
             watchdog.phase("save", done)
-            if not last and done % recipe.checkpoint.every == 0:
-                saver.save(done, guard.memory())
+            if stopping and not last:  # while it evaluated
+                batches.close()
+                if not saved:
+                    saver.save(done, guard.memory(), str(certificate))
+                saver.finish()
             saver.poll()
             clock.pause(time.perf_counter() - paused)
 
@@ -194,3 +227,12 @@ def _train(
             line.say(damaged)
         line.say(f"trained to step {stop} in {duration(time.perf_counter() - clock.began)}: {step_folder(run, stop)}")
     return 0
+
+
+def _given_tokenizer(recipe: Recipe, checkpoint: Checkpoint | None, warm: WarmStart | None) -> Path | None:
+    """The tokenizer of the checkpoint that a run resumes from; else of the one whose token table it begins with."""
+    if checkpoint:
+        return checkpoint.path / TOKENIZER
+    if warm and warm.brings_tokenizer and not recipe.data.tokenizer:
+        return warm.checkpoint.path / TOKENIZER
+    return None

@@ -31,6 +31,7 @@ from pretrain.checkpoint.state import (
     set_own_numbers,
     whole_shape,
 )
+from pretrain.checkpoint.warm_start import WarmStart
 from pretrain.config import Recipe, recipe_of
 from pretrain.errors import RequestError, WeftError
 from pretrain.models.captioner import Captioner
@@ -66,7 +67,7 @@ def whole_checkpoint(
 def _file_problems(checkpoint: Checkpoint, ranks: Ranks) -> list[str]:
     """What is wrong with the files beside `checkpoint.json`, the same on every rank."""
     names = sorted(checkpoint.files)[ranks.rank :: ranks.world]
-    found = _of_all([problem for name in names if (problem := file_problem(checkpoint, name))], ranks)
+    found = of_all_ranks([problem for name in names if (problem := file_problem(checkpoint, name))], ranks)
     return [problem for problems in found for problem in problems]
 
 
@@ -77,7 +78,9 @@ def restore_checkpoint(engine: Engine, checkpoint: Checkpoint) -> None:
     Raises RequestError for a checkpoint of another model, WeftError for a changed `checkpoint.json`, on every rank.
     """
     mine = {name: list(whole_shape(each, engine.ranks.tp_size)) for name, each in engine.named_parameters()}
-    _check_same_model({name: shape for each in _of_all(mine, engine.ranks) for name, shape in each.items()}, checkpoint)
+    _check_same_model(
+        {name: shape for each in of_all_ranks(mine, engine.ranks) for name, shape in each.items()}, checkpoint
+    )
     if not checkpoint.description_is_whole:
         raise WeftError(description_problem(checkpoint))
     make_moments(engine, checkpoint.updates)
@@ -89,7 +92,43 @@ def restore_checkpoint(engine: Engine, checkpoint: Checkpoint) -> None:
             set_model_weight(engine, parameter, reader.read("weight", name, axis, model_weight_run(engine, parameter)))
 
 
-def _of_all(mine: Any, ranks: Ranks) -> list[Any]:
+def load_warm_start(engine: Engine, warm: WarmStart) -> None:
+    """Put the weights into an engine under any layout; every rank calls this, and reads only what it keeps.
+
+    Raises RequestError, the same on every rank, for parameters that do not fit; WeftError for a damaged checkpoint.
+    """
+    ranks = engine.ranks
+    whole_checkpoint([warm.checkpoint], ranks, lambda _: None)
+    mine = {
+        name: list(whole_shape(each, ranks.tp_size))
+        for name, each in engine.named_parameters()
+        if not warm.only or name.startswith(warm.only)
+    }
+    _refuse_misfits({name: shape for each in of_all_ranks(mine, ranks) for name, shape in each.items()}, warm)
+    with _Reader(warm.checkpoint, ranks) as reader:
+        for name, parameter in engine.named_parameters():
+            if name not in mine:
+                continue
+            axis, run = sharded_axis(parameter), own_run(engine, parameter)
+            set_own_numbers(engine, parameter, "weight", reader.read("weight", name, axis, run))
+            set_model_weight(engine, parameter, reader.read("weight", name, axis, model_weight_run(engine, parameter)))
+
+
+def _refuse_misfits(mine: dict[str, list[int]], warm: WarmStart) -> None:
+    theirs = {name: warm.checkpoint.parameters[name] for name in warm.names}
+    wrong = [name for name in dict.fromkeys([*mine, *theirs]) if mine.get(name) != theirs.get(name)]
+    if not wrong:
+        return
+    name, more = wrong[0], f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+    there, here = (str(shapes[name]) if name in shapes else "missing" for shapes in (theirs, mine))
+    raise RequestError(
+        f"train.init_from: {name} is {there} in {warm.checkpoint.path} and {here} in this model{more}: use the model "
+        "of that checkpoint, or take over a part of it, such as train.init_only=[vision.]"
+    )
+
+
+def of_all_ranks(mine: Any, ranks: Ranks) -> list[Any]:
+    """What each rank calls this with, on every rank."""
     everyone = [mine] * ranks.world
     if ranks.world > 1:
         dist.all_gather_object(everyone, mine, group=ranks.control_group)

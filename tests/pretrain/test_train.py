@@ -1,0 +1,292 @@
+"""The training loop where something goes wrong or is begun from something: in process, one rank, a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data_pipeline import DataError
+from data_pipeline.scenes.synth import synthesise
+from pretrain.certificate import compare_orders
+from pretrain.checkpoint.format import LATEST, complete_steps, describe, find_checkpoint
+from pretrain.config import load_recipe
+from pretrain.errors import RequestError, WeftError
+from pretrain.metrics import read_lines
+from pretrain.train import train
+
+TINY = [
+    "model.vision={layers: 1, width: 32, heads: 2, image_size: 32, patch: 16, mlp_ratio: 2}",
+    "model.text={layers: 1, width: 32, heads: 2, context: 16, vocab_size: 300, mlp_ratio: 2}",
+    "model.embed_dim=16",
+    "train={steps: 6, global_batch: 8, warmup: 1, log_every: 1, lr: 1.0e-3, watchdog: 0}",
+    "checkpoint.every=2",
+    "eval={every: 0, samples: 16, batch: 8}",
+    "data.workers=0",
+    "data.test=null",
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scenes")
+    synthesise(folder, train=40, test=16, size=32, sound=False, processes=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six steps with its checkpoints of steps 4 and 6; not to be changed."""
+    run = tmp_path_factory.mktemp("runs") / "finished"
+    assert go(data, run) == 0
+    return run
+
+
+def go(data: Path, run: Path, *more: str) -> int:
+    recipe = load_recipe("quickstart", [f"data.train={data / 'train'}", f"run.dir={run}", *TINY, *more])
+    return train(recipe, "weft train again")
+
+
+def steps(run: Path) -> list[int]:
+    return [int(path.name.removeprefix("step_")) for path in complete_steps(run / "checkpoints")]
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(find_checkpoint(path) / "weight.safetensors")
+
+
+# --- an evaluation
+
+
+@pytest.mark.parametrize("every", [2, 100])
+@pytest.mark.parametrize("error", [WeftError("no usable samples"), DataError("damaged"), RuntimeError("unexpected")])
+def test_an_evaluation_that_fails_costs_no_step(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, error: Exception
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("pretrain.train.evaluate", fail)
+    test = [f"data.test={data / 'test'}", "eval.every=2", f"checkpoint.every={every}"]
+    for done in (2, 4):  # and the next start goes on behind it
+        with pytest.raises(type(error)):
+            go(data, tmp_path / "run", *test)
+        assert steps(tmp_path / "run")[-1] == done
+
+
+@pytest.mark.parametrize("stop", [2, 6])
+def test_a_stop_signal_ends_an_evaluation_at_once(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    from pretrain.evaluation.evaluate import evaluate
+
+    def told(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr("pretrain.train.evaluate", told)
+    every = 2 if stop == 2 else 0
+    run = tmp_path / "run"
+    assert go(data, run, f"data.test={data / 'test'}", f"eval.every={every}", "checkpoint.every=100") == 128 + 15
+    assert steps(run) == [stop]
+    assert read_lines(run / "evaluation.jsonl") == []
+
+
+# --- `latest`
+
+
+def as_copied_folder(checkpoints: Path) -> None:
+    (checkpoints / LATEST).unlink()
+    shutil.copytree(checkpoints / "step_00000004", checkpoints / LATEST)
+
+
+def as_file(checkpoints: Path) -> None:
+    (checkpoints / LATEST).unlink()
+    (checkpoints / LATEST).write_text("step_00000004\n")
+
+
+def dangling(checkpoints: Path) -> None:
+    (checkpoints / LATEST).unlink()
+    (checkpoints / LATEST).symlink_to("step_00000099")
+
+
+def lost(checkpoints: Path) -> None:
+    (checkpoints / LATEST).unlink()
+
+
+def without_sense(checkpoints: Path) -> None:
+    (checkpoints / LATEST).unlink()
+    (checkpoints / LATEST).write_bytes(b"\xff\x00")
+
+
+def empty_folder(checkpoints: Path) -> None:
+    (checkpoints / LATEST).unlink()
+    (checkpoints / LATEST).mkdir()
+
+
+@pytest.mark.parametrize(
+    ("change", "step"),
+    [(as_copied_folder, 4), (as_file, 4), (dangling, 6), (lost, 6), (without_sense, 6), (empty_folder, 6)],
+    ids=lambda each: getattr(each, "__name__", each),
+)
+@pytest.mark.parametrize("links", [True, False])
+def test_latest_may_be_anything_and_is_put_right_by_the_next_save(
+    data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, step: int, links: bool
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, symlinks=True)
+    change(run / "checkpoints")
+    assert describe(run).step == step
+    if step == 6 and links:
+        return  # nothing is left to train
+    if step == 6:
+        shutil.rmtree(run / "checkpoints" / "step_00000006")
+    if not links:
+
+        def refuse(*_: Any, **__: Any) -> None:
+            raise PermissionError(1, "Operation not permitted")
+
+        monkeypatch.setattr(os, "symlink", refuse)
+    assert go(data, run) == 0
+    assert describe(run).step == 6
+    latest = run / "checkpoints" / LATEST
+    if links:
+        assert latest.readlink() == Path("step_00000006")
+    else:
+        assert latest.read_text() == "step_00000006\n"
+    assert sorted(path.name for path in latest.parent.iterdir()) == [LATEST, "step_00000004", "step_00000006"]
+
+
+# --- a warm start
+
+
+def test_a_run_begins_with_the_weights_of_another(data: Path, finished: Path, tmp_path: Path) -> None:
+    source, run = tmp_path / "source", tmp_path / "run"
+    shutil.copytree(finished, source, symlinks=True)
+    more = [f"train.init_from={source}", "train.steps=12", "train.lr=1e-9", "train.warmup=0", "train.stop_at=1"]
+    assert go(data, run, *more) == 0
+    begun, theirs = weights(run), weights(source)
+    assert begun.keys() == theirs.keys()
+    for name, tensor in begun.items():
+        torch.testing.assert_close(tensor, theirs[name], atol=1e-6, rtol=0)
+    assert describe(run).updates == 1
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["init_from"]["step"] == 6
+    assert manifest["init_from"]["path"] == str(find_checkpoint(source))
+    tokenizers = [(each / "tokenizer.json").read_text() for each in (run, source)]
+    assert tokenizers[0] == tokenizers[1]
+    shutil.rmtree(source)  # from now on the run's own checkpoint counts
+    assert go(data, run, *more[:-1]) == 0
+    assert describe(run).step == 12
+    assert json.loads((run / "manifest.json").read_text())["init_from"] == manifest["init_from"]
+
+
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_a_tower_is_taken_over_and_frozen(data: Path, finished: Path, tmp_path: Path, zero: int) -> None:
+    run = tmp_path / "run"
+    more = [f"train.init_from={finished}", "train.init_only=[vision.]", "train.freeze=[vision.]", "train.steps=2"]
+    assert go(data, run, *more, f"layout.zero={zero}", "run.seed=5", "model.text.width=48") == 0
+    begun, theirs = weights(run), weights(finished)
+    towers = {name: torch.equal(tensor, theirs[name]) for name, tensor in begun.items()}
+    assert all(equal for name, equal in towers.items() if name.startswith("vision."))
+    assert not any(equal for name, equal in towers.items() if name.startswith("text."))
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["model.vision.width=48"], r"vision\.patches\.linear\.weight is \[32, .*\] in .* and \[48, "),
+        (["model.vision.layers=2"], r"vision\.block\.layers\.1.* is missing in .*more\).*init_only"),
+        (["train.init_only=[visual.]"], r"begins with 'visual\.' \(did you mean 'vision\.'\?\)"),
+        (["train.init_from=nowhere"], "train.init_from: no checkpoint at nowhere"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(
+    data: Path, finished: Path, tmp_path: Path, more: list[str], said: str
+) -> None:
+    with pytest.raises(RequestError, match=said):
+        go(data, tmp_path / "run", f"train.init_from={finished}", *more)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_part_of_nothing_is_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"init_from too"):
+        go(data, tmp_path / "run", "train.init_only=[vision.]")
+
+
+def test_training_longer_is_told_the_way(data: Path, finished: Path) -> None:
+    with pytest.raises(RequestError, match=rf"run\.dir=OTHER train\.init_from={finished}"):
+        go(data, finished, "train.steps=12")
+
+
+# --- divergence
+
+
+def test_after_a_divergence_the_advice_can_be_followed(data: Path, finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(WeftError, match=r"there is no checkpoint yet: start again with a lower train\.lr"):
+        go(data, tmp_path / "none", "train.lr=1e12", "train.warmup=0", "train.steps=40", "checkpoint.every=100")
+    assert go(data, tmp_path / "none", "train.steps=2") == 0, "which is what it says"
+
+    run = tmp_path / "run"
+    with pytest.raises(WeftError, match=r"run\.dir=OTHER train\.init_from=(\S+)") as refused:
+        go(data, run, "train.lr=1e12", "train.warmup=5", "train.steps=40", "checkpoint.every=1", "checkpoint.keep=2")
+    advice = str(refused.value).rpartition("train.init_from=")[2]
+    assert steps(run)[-1] == int(advice.rpartition("_")[2]) < 4, "skipped steps made no checkpoint"
+    assert go(data, tmp_path / "other", f"train.init_from={advice}", "train.steps=1", "train.warmup=0") in (0, 1)
+
+
+def test_a_checkpoint_of_a_skipped_step_pushes_none_out(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    more = ["train.lr=1e12", "train.warmup=5", "train.steps=6", "train.max_skipped=50", "checkpoint.keep=1"]
+    go(data, run, *more, "checkpoint.every=1")
+    assert len(steps(run)) == 2, "that of the last step, and that before the steps which changed nothing"
+    assert describe(run).guard["in_a_row"] > 0
+
+
+def test_a_rate_beyond_fp32_is_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"train\.lr"):
+        go(data, tmp_path / "run", "train.lr=1e38")
+
+
+def test_everything_frozen_names_the_key(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"train\.freeze is .*nothing to train"):
+        go(data, tmp_path / "run", "train.freeze=[vision., text., logit_]")
+
+
+# --- precision and order
+
+
+@pytest.mark.parametrize(
+    "layout", ["zero: 1", "zero: 2", "zero: 3", "zero: 3, offload: true", "zero: 1, offload: true"]
+)
+def test_the_temperature_stays_fp32_in_bf16(data: Path, tmp_path: Path, layout: str) -> None:
+    run = tmp_path / "run"
+    assert go(data, run, "train.precision=bf16", f"layout={{{layout}}}", "train.lr=1e-4", "train.steps=8") == 0
+    scales = [line["logit_scale"] for line in read_lines(run / "metrics.jsonl")]
+    assert scales[0] == pytest.approx(14.3, abs=1e-5)
+    assert len(set(scales)) == len(scales), "bf16 would round them to the same"
+    kept = weights(run)["logit_scale.log"]
+    assert kept.exp().item() == pytest.approx(scales[-1], rel=2e-4)
+    assert kept.bfloat16().float() != kept
+
+
+def test_the_order_certificate_knows_what_was_read(data: Path, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert go(data, run, "train.stop_at=3", "checkpoint.every=3", "train.micro_batch=2") == 0
+    assert go(data, run, "data.workers=1", "checkpoint.every=3") == 0
+    assert compare_orders(finished, run).same
+    assert compare_orders(finished, run).samples == 48
+    assert describe(run).order == read_lines(run / "metrics.jsonl")[-1]["order"]
+    wider = tmp_path / "wider"
+    assert go(data, wider, "train.global_batch=16", "train.steps=3", "train.warmup=0") == 0
+    assert compare_orders(finished, wider).same, "how it is cut into batches is not the order"
+    other = tmp_path / "other"
+    assert go(data, other, "run.seed=1") == 0
+    assert compare_orders(finished, other).differs_at == 8
