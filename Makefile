@@ -1,13 +1,13 @@
 # make demo   environment, quickstart training, report      make test      the suite
 # make lint   ruff and mypy                                 make test-all  with the slow tests, as CI does
-# make clean  remove what the others made
+# make fuzz   2,000 random damages to all that a run reads  make clean  remove what the others made
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-all test-pretrain test-data test-kernels test-triton test-slow-pretrain test-slow-data lint clean
+.PHONY: demo test test-all test-pretrain test-data test-kernels test-triton test-slow-pretrain test-slow-data fuzz lint clean
 
 # The environment. A range that admits a newer torch would pull gigabytes of CUDA packages on a machine
 # without a GPU; pyproject.toml bounds it.
@@ -33,6 +33,10 @@ test: $(READY)
 
 test-all: $(READY)
 	$(PARTS) $(QUICK) test-slow-pretrain test-slow-data
+
+# An hour or more; `--damages 1 --first-damage N` tries one of them once more.
+fuzz: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/pretrain/fuzz --damages 2000 --fuzz-workers 2
 
 $(QUICK) test-slow-pretrain test-slow-data: export OMP_NUM_THREADS = 1
 

@@ -1,0 +1,108 @@
+"""Fuzz of the whole way: random damages to all files that a run reads, each through check, stats, train and report.
+
+    python -m pytest tests/pretrain/fuzz --damages 2000 --fuzz-workers 2     # in full: `make fuzz`
+    python -m pytest tests/pretrain/fuzz --damages 1 --first-damage 1234    # one of them once more
+
+Each is a function of its seed (damages.py). Expected of each command: exit 0 with every sample read or named, or exit 1
+or 2 with one sentence; never a traceback, a crash, a hang, or a loss in silence (worker.py). Commands run in a process
+that has imported everything once; it is replaced when it does not answer, and after a fault.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from damages import make_base
+
+IN_CI = 16
+PATIENCE = 120.0  # seconds for the commands of one damage, on a busy machine
+WORKER = Path(__file__).with_name("worker.py")
+
+
+class Worker:
+    """A process that tries damages, replaced when it dies or hangs."""
+
+    def __init__(self, base: Path) -> None:
+        self._base = base
+        self._process: subprocess.Popen[str] | None = None
+
+    def __call__(self, seed: int) -> dict[str, Any]:
+        if self._process is None:
+            command = [sys.executable, str(WORKER), str(self._base)]
+            quiet = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=quiet
+            )
+        process = self._process
+        assert process.stdin
+        assert process.stdout
+        process.stdin.write(f"{seed}\n")
+        process.stdin.flush()
+        end = time.monotonic() + PATIENCE
+        while select.select([process.stdout], [], [], max(0.0, end - time.monotonic()))[0]:
+            line = process.stdout.readline()
+            if line.startswith("RESULT "):
+                result: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
+                if result["faults"]:
+                    self.close()
+                return result
+            if not line:
+                self.close()
+                return {"seed": seed, "target": "?", "codes": {}, "faults": [f"it died: {process.returncode}"]}
+        self.close()
+        return {"seed": seed, "target": "?", "codes": {}, "faults": [f"no answer in {PATIENCE:.0f} s"]}
+
+    def close(self) -> None:
+        if self._process:
+            self._process.kill()
+            self._process.wait()
+        self._process = None
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fuzz") / "base"
+    make_base(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)  # each damage has its own
+def test_no_damage_is_more_than_a_sentence(base: Path, request: pytest.FixtureRequest) -> None:
+    option = request.config.getoption
+    count, first = option("--damages", 0) or IN_CI, option("--first-damage", 0)
+    workers = [Worker(base) for _ in range(option("--fuzz-workers", 1))]
+
+    def some(number: int) -> list[dict[str, Any]]:
+        results = []
+        for seed in range(first + number, first + count, len(workers)):
+            results.append(workers[number](seed))
+            for fault in results[-1]["faults"]:
+                print(f"damage {seed} ({results[-1]['target']}, {results[-1].get('how')}): {fault}", flush=True)
+        return results
+
+    try:
+        with ThreadPoolExecutor(len(workers)) as pool:
+            results = [each for part in pool.map(some, range(len(workers))) for each in part]
+    finally:
+        for worker in workers:
+            worker.close()
+    trained = Counter((each["target"], each["codes"].get("train")) for each in results)
+    print(
+        f"{count} damages:",
+        ", ".join(f"{target} exit {code}: {n}" for (target, code), n in sorted(trained.items(), key=str)),
+    )
+    bad = [each for each in results if each["faults"]]
+    assert not bad, "\n".join(
+        f"damage {each['seed']}: {each['target']}, {each.get('how')}: {each['faults']}" for each in bad
+    )
