@@ -20,7 +20,7 @@ from typing import Literal
 
 import numpy as np
 
-from data_pipeline.decode import decode_image
+from data_pipeline.decode import decode_and_remark
 from data_pipeline.errors import DataError
 from data_pipeline.index import (
     ARRAYS,
@@ -278,7 +278,10 @@ def _check_media(shard: str, sample: Sample, offsets: dict[str, int]) -> Iterato
         extension = name.rpartition(".")[2]
         try:
             if extension in IMAGE_EXTENSIONS:
-                decode_image(data)
+                _, odd = decode_and_remark(data)
+                if odd:
+                    reason = f"the {name} field is an odd JPEG, which Pillow reads whole ({odd})"
+                    yield Problem("warning", shard, offsets[name], sample.key, reason)
             elif extension in AUDIO_EXTENSIONS:
                 _decode_sound(data)
         except DataError as error:

@@ -36,6 +36,7 @@ from data_pipeline.errors import DataError
 PAD, EOS, BOS, MASK = 0, 1, 2, 3
 MARKERS = ("<pad>", "<eos>", "<bos>", "<mask>")  # position = id
 MOST_CHARACTERS = 10_000  # of a caption to learn from: BPE takes seconds for a book
+LONGEST_TOKEN = 64  # bytes: without a bound, one text of 10,000 equal letters makes a token of half of them
 SMALLEST_VOCABULARY = len(MARKERS) + 256
 
 
@@ -75,6 +76,7 @@ class Tokenizer:
             min_frequency=2,  # a pair seen once teaches a name, not a language
             special_tokens=list(MARKERS),
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            max_token_length=LONGEST_TOKEN,
             show_progress=False,
         )
         bpe.train_from_iterator(texts, trainer)
@@ -149,7 +151,7 @@ def _well_formed(text: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(
-            f"caption {text!r} holds a lone surrogate at character {error.start}: it is not well-formed Unicode"
+            f"caption {text[:40]!r} holds a lone surrogate at character {error.start}: it is not well-formed Unicode"
         ) from error
     return text
 

@@ -120,6 +120,13 @@ def test_without_decoding_only_the_text_is_read(tmp_path: Path) -> None:
     assert "not UTF-8" in only_problem(folder, decode=False).reason
 
 
+def test_an_odd_jpeg_that_is_whole_is_a_warning(tmp_path: Path) -> None:
+    whole = picture(kind="JPEG")
+    problem = only_problem(dataset(tmp_path, {"a.jpg": whole[:-2] + bytes([1]) * 90 + whole[-2:], "a.txt": b"words"}))
+    assert problem.severity == "warning"
+    assert "the jpg field is an odd JPEG, which Pillow reads whole (Corrupt JPEG data: " in problem.reason
+
+
 def test_warnings_do_not_make_data_bad(tmp_path: Path) -> None:
     files = {"bare.png": picture(), "words.txt": b"only", "empty.png": picture(), "empty.txt": b" \n"}
     files |= {"blank.png": picture(), "blank.json": b'{"captions": ["one", ""]}'}

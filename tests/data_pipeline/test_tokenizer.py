@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import DataError
-from data_pipeline.tokenizer import BOS, EOS, MARKERS, MASK, PAD, Tokenizer
+from data_pipeline.tokenizer import BOS, EOS, LONGEST_TOKEN, MARKERS, MASK, PAD, Tokenizer
 
 CAPTIONS = [
     f"a {size} {colour} {shape} {where} a {other} square"
@@ -182,3 +182,17 @@ def test_other_files_are_refused(tmp_path, content: bytes, reason: str) -> None:
 def test_missing_file_is_named(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.json"):
         Tokenizer.load(tmp_path / "nowhere.json")
+
+
+def test_captions_of_megabytes_and_of_nothing_but_one_letter_are_bounded() -> None:
+    captions = ["x" * 3_000_000, "word " * 500_000, "a\0b\0" * 9, "\U0001f468\u200d" * 300_000, " " * 1_000_000]
+    tokenizer = Tokenizer.train(captions, 400)
+    assert tokenizer._longest <= LONGEST_TOKEN
+    for caption in captions:
+        ids = tokenizer.encode(caption, 77)
+        assert ids[-1] in (PAD, EOS)
+        assert caption.startswith(tokenizer.decode(ids).rstrip("\ufffd"))
+    assert tokenizer.decode(tokenizer.encode(captions[2], 77)) == captions[2]
+    with pytest.raises(DataError) as caught:
+        tokenizer.encode("\ud800" + "y" * 100_000, 77)
+    assert len(str(caught.value)) < 300
