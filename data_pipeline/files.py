@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.index import ShardEntry, ShardTable, load_table
 
@@ -20,8 +21,9 @@ MOST_OPEN = 256  # descriptors; the usual limit of a process is 1024
 class LocalFiles:
     """The files of a folder. RemoteFiles has the same methods."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, tables: Path | None = None) -> None:
         self.folder = folder
+        self.tables = tables  # where tables of offsets lie, if not beside the shards
         self._open: OrderedDict[str, int] = OrderedDict()  # descriptors, least recently used first
 
     def read(self, file: str, start: int, length: int) -> bytes:
@@ -33,7 +35,7 @@ class LocalFiles:
 
     def table(self, entry: ShardEntry) -> ShardTable:
         """The table of offsets of a shard; DataError when it is missing, damaged or of another tar."""
-        return load_table(self.folder / entry.file, entry)
+        return load_table((self.tables or self.folder) / entry.file, entry)
 
     def close(self) -> None:
         """Close every file; the next read opens what it needs."""
@@ -48,6 +50,12 @@ class LocalFiles:
             os.close(self._open.popitem(last=False)[1])
         self._open[file] = os.open(self.folder / file, os.O_RDONLY | os.O_CLOEXEC)
         return self._open[file]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "tables": self.tables}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]  # state is the constructor's arguments
 
     def __del__(self) -> None:
         self.close()

@@ -17,10 +17,10 @@ import hashlib
 import json
 import math
 import mmap
-import os
+import uuid
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -324,13 +324,21 @@ def table_path(path: Path) -> Path:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary neighbour to write, which takes the place of `path` at the end, or goes away on an error."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """A temporary neighbour to write, which takes the place of `path` at the end, or goes away on an error.
+
+    Its name is no other's, in whatever container or on whatever machine; an OSError names `path` instead.
+    """
+    unfinished = path.with_name(f".{path.name[:200]}.{uuid.uuid4().hex[:16]}.tmp")
     try:
         yield unfinished
         unfinished.replace(path)
+    except OSError as error:
+        if error.filename in (unfinished, str(unfinished)):
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
 
 
 def _entry(tree: dict[str, Any]) -> ShardEntry:

@@ -21,7 +21,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import sys
 import threading
 import time
 import uuid
@@ -36,6 +35,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from data_pipeline.errors import DataError, first_line
+from data_pipeline.ray_token import guard_own_ray
 
 Result = TypeVar("Result")
 Job = tuple[Any, ...]
@@ -147,9 +147,8 @@ def connected(on: str | None, processes: int | None = None) -> Iterator[None]:
     if on is None:
         yield
         return
-    if on == "local" and "ray" not in sys.modules:
-        # Ray listens on every interface of the machine: only who has this token is let in. Read at the import
-        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=uuid.uuid4().hex)
+    if on == "local":
+        guard_own_ray()
     try:
         import ray
 

@@ -25,6 +25,7 @@ from data_pipeline.files import LocalFiles
 from data_pipeline.index import Index, ShardTable, load_index
 from data_pipeline.order import ReadingOrder
 from data_pipeline.parquet import ParquetFiles, is_parquet, open_parquet
+from data_pipeline.read_only import may_write, open_read_only
 from data_pipeline.remote import Cache, RemoteFiles, is_url, open_remote
 from data_pipeline.sample import Sample
 
@@ -42,13 +43,15 @@ def open_dataset(path: str | Path, cache: Cache = CACHE) -> Dataset:
         return Dataset(*open_parquet(path))
     if is_url(path):
         return Dataset(*open_remote(str(path), cache))
+    if not may_write(folder):
+        return Dataset(*open_read_only(folder, cache.folder))
     return Dataset(folder, load_index(folder))
 
 
 class Dataset:
     """Samples 0 to len - 1 of a folder of shards; picklable, and safe to use in forked processes."""
 
-    def __init__(self, source: Path | RemoteFiles | ParquetFiles, index: Index) -> None:
+    def __init__(self, source: Path | LocalFiles | RemoteFiles | ParquetFiles, index: Index) -> None:
         self.files = LocalFiles(source) if isinstance(source, Path) else source
         self.index = index
         self._first = [0, *accumulate(shard.samples for shard in index.shards)]  # sample id each shard starts at
@@ -60,9 +63,9 @@ class Dataset:
         return self.files.url if isinstance(self.files, RemoteFiles) else self.files.folder
 
     @property
-    def source(self) -> Path | RemoteFiles | ParquetFiles:
+    def source(self) -> LocalFiles | RemoteFiles | ParquetFiles:
         """What another data set of the same files is made of."""
-        return self.files.folder if isinstance(self.files, LocalFiles) else self.files
+        return self.files
 
     def __len__(self) -> int:
         return self.index.samples

@@ -17,11 +17,8 @@ Design choices:
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
-import os
 import shutil
-import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,6 +39,7 @@ from data_pipeline.index import (
     table_path,
     written_whole,
 )
+from data_pipeline.lock import held
 from data_pipeline.parallel import run_jobs, stopping
 from data_pipeline.sample import Sample, Skipped
 from data_pipeline.tar import refusal_of_name, split_name
@@ -125,19 +123,19 @@ def write_shards(
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard is {samples_per_shard}: give 1 or more")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    mark = f"{origin.fingerprint[:16]}-{samples_per_shard}" if origin else str(os.getpid())
+    mark = f"{origin.fingerprint[:16]}-{samples_per_shard}" if origin else uuid.uuid4().hex[:16]
     hidden = folder.parent / f".{folder.name}.{mark}.unfinished"
-    if origin is None:
-        shutil.rmtree(hidden, ignore_errors=True)  # of a process that had our number before
     workers = Workers(processes, on, reads)
-    with _hidden_folder(hidden, folder) as unfinished:
-        try:
+    try:
+        with _hidden_folder(hidden, folder) as unfinished:
             made = _write_all(inputs, make, unfinished, samples_per_shard, workers, progress, origin is not None)
             return _finish(made, len(inputs), unfinished, folder, origin)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise _disk_full(folder, error) from error
-            raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _disk_full(folder, error) from error
+        if hidden.stem in str(error.filename):  # a name that nobody has given
+            error.filename, error.filename2 = str(folder), None
+        raise
 
 
 def read_origin(folder: Path) -> Origin | None:
@@ -161,33 +159,12 @@ def _read_finished(folder: Path, origin: Origin) -> Written | None:
 @contextmanager
 def _hidden_folder(unfinished: Path, folder: Path) -> Iterator[Path]:
     """A folder that this process alone writes to; gone at the end. ValueError when another one holds it."""
-    unfinished.mkdir(exist_ok=True)
-    lock = os.open(unfinished, os.O_RDONLY)
-    try:
-        taken = _take(lock)
-        if not taken or not unfinished.is_dir() or not os.path.samestat(os.fstat(lock), unfinished.stat()):
-            raise ValueError(f"another process is writing {folder} at this moment: let it finish, or end it")
+    with held(unfinished.with_suffix(".lock"), LOCK_SECONDS, str(folder)):
+        unfinished.mkdir(exist_ok=True)
         try:
             yield unfinished
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-    finally:
-        os.close(lock)
-
-
-def _take(lock: int) -> bool:
-    """Lock an open folder; False when somebody else keeps it. Where the file system has no locks, it is ours."""
-    last = time.monotonic() + LOCK_SECONDS
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() > last:
-                return False
-            time.sleep(0.05)
-        except OSError:
-            return True
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ class Tokenizer:
     def save(self, path: str | Path) -> None:
         """Write the tokenizer as JSON; the file appears whole or not at all."""
         path = Path(path)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex[:16]}.tmp")
         try:
             unfinished.write_text(self.to_json(), encoding="utf-8")
             unfinished.replace(path)

@@ -256,9 +256,10 @@ def _folders_of_tars(path: str) -> list[Path]:
 
 def _split(folder: Path, ranks: int, workers: int) -> dict[str, Any]:
     """How samples fall to ranks and workers, by weft's order and by whole shards."""
-    from data_pipeline.index import load_index, shares_by_shard
+    from data_pipeline.index import shares_by_shard
+    from data_pipeline.reader import open_dataset
 
-    index = load_index(folder)
+    index = open_dataset(folder).index
     shares = shares_by_shard(index, ranks, workers)
     by_rank, by_worker = [sum(share) for share in shares], [count for share in shares for count in share]
     words = (

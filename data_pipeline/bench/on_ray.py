@@ -20,8 +20,7 @@ from data_pipeline.batch import Batch, BatchMaker
 from data_pipeline.bench.loader import photograph
 from data_pipeline.loader import Loader
 from data_pipeline.order import Order
-from data_pipeline.ray_cluster import connect, disconnect
-from data_pipeline.ray_loader import RayLoader
+from data_pipeline.ray_token import guard_own_ray
 from data_pipeline.reader import open_dataset
 from data_pipeline.shards import write_shards
 from data_pipeline.transforms import ImageTransform
@@ -61,6 +60,10 @@ def bench_ray(
     rounds: int = 3,
 ) -> RayBench:
     """Measure on this machine, with a Ray of its own. Raises DataError when there can be none."""
+    guard_own_ray()
+    from data_pipeline.ray_cluster import connect, disconnect
+    from data_pipeline.ray_loader import RayLoader
+
     with tempfile.TemporaryDirectory(prefix="weft-bench-") as name:
         folder = Path(name) / "shards"
         write_shards(images, partial(photograph, seed=0, width=512, height=384), folder, samples_per_shard=256)

@@ -36,6 +36,7 @@ import torch
 from PIL import Image
 
 from data_pipeline.bench.measure import Speed, measure, pil_pixels
+from data_pipeline.ray_token import guard_own_ray
 
 GRACE = 60.0  # seconds for a peer to end: longer than a round that nobody waits for any more
 START = "from data_pipeline.bench.peers import serve; serve()"
@@ -141,6 +142,7 @@ def _energon(job: Job) -> Iterator[Any]:
 
 
 def _load_ray() -> None:
+    guard_own_ray()
     import ray.data
 
     ray.data.DataContext.get_current().enable_progress_bars = False

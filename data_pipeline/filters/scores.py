@@ -221,11 +221,24 @@ def _parquet_rows(table: Path, column: str) -> Iterator[tuple[str, dict[str, Any
             )
         number = 0
         for batch in file.iter_batches(columns=there, use_threads=False):
-            for row in batch.to_pylist():
+            for row in _records(batch, number, table):
                 number += 1
                 yield f"row {number}", row
     except (arrow.ArrowException, OSError) as error:
         raise DataError(f"{table} is damaged: {first_line(error)}") from error
+
+
+def _records(batch: Any, before: int, table: Path) -> list[dict[str, Any]]:
+    """The rows of an Arrow batch; DataError that names the first one with text that is not UTF-8."""
+    try:
+        return list(batch.to_pylist())
+    except UnicodeDecodeError:
+        for row in range(batch.num_rows):
+            try:
+                batch.slice(row, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                raise DataError(f"{table} holds text that is not UTF-8 at row {before + row + 1}: {error}") from error
+        raise
 
 
 @lru_cache(maxsize=8)

@@ -20,6 +20,7 @@ from tars import picture
 import data_pipeline.shards as shards_module
 from data_pipeline.errors import DataError
 from data_pipeline.index import load_index
+from data_pipeline.lock import held
 from data_pipeline.reader import open_dataset
 from data_pipeline.sample import Sample, Skipped
 from data_pipeline.shards import Origin, write_shards
@@ -336,13 +337,14 @@ def test_two_writers_of_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_without_an_origin_nothing_is_taken_over(tmp_path: Path) -> None:
-    """A killed process may have had our number."""
-    stale = tmp_path / f".out.{os.getpid()}.unfinished"
-    stale.mkdir()
-    (stale / "shard-000009.tar").write_bytes(b"stale")
+    """A process in another container may have our number, and write to its own unfinished folder."""
+    other = tmp_path / f".out.{os.getpid()}.unfinished"
+    other.mkdir()
+    (other / "shard-000009.tar").write_bytes(b"at work")
     write_shards(2, make, tmp_path / "out", processes=1)
     assert len(open_dataset(tmp_path / "out")) == 2
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "out"]
+    assert (other / "shard-000009.tar").read_bytes() == b"at work"
 
 
 def test_a_failure_leaves_nothing_to_go_on_with(tmp_path: Path) -> None:
@@ -355,6 +357,5 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     """Their lock is let go, which is what the next writer waits for."""
     kill_after(tmp_path / "out", 2, 40, 2)
     (unfinished,) = tmp_path.glob(".out.*.unfinished")
-    lock = os.open(unfinished, os.O_RDONLY)
-    assert shards_module._take(lock)
-    os.close(lock)
+    with held(unfinished.with_suffix(".lock"), shards_module.LOCK_SECONDS, "it"):
+        pass
