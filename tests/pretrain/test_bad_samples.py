@@ -86,6 +86,25 @@ def ranks() -> Iterator[Ranks]:
     stop_ranks(ranks)
 
 
+def test_rows_of_parquet_are_quarantined_as_samples_of_tars_are(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows: list[tuple[bytes | None, bytes | None]] = [(picture(n), b"caption %d" % n) for n in range(60)]
+    rows += [(picture(1)[:60], b"cut"), (b"", b"empty"), (None, b"none"), (picture(1), b" \n"), (picture(2), None)]
+    rows += [(picture(3), b"caf\xe9")]
+    images, captions = zip(*rows, strict=True)
+    text = pyarrow.array(captions, pyarrow.binary()).view(pyarrow.string())  # as a careless writer does
+    parquet.write_table(pyarrow.table({"image": images, "caption": text}), tmp_path / "rows.parquet", row_group_size=22)
+    assert train(tmp_path / "rows.parquet", tmp_path / "run", "train.global_batch=22", "train.steps=3") == 0
+    named = {line["key"]: line["reason"] for line in read_lines(tmp_path / "run" / "quarantine.jsonl")}
+    assert set(named) == {f"rows/{number}" for number in range(60, 66)}
+    assert "damaged PNG" in named["rows/60"]
+    assert named["rows/62"] == "it has no image"
+    assert named["rows/63"] == named["rows/64"] == "it has no caption"
+    assert "cannot be read" in named["rows/65"] or "Unicode" in named["rows/65"]
+
+
 def corrupt(*numbers: int) -> list[Corrupt]:
     return [Corrupt(number, f"s{number}", "0.tar", "damaged JPEG", "ValueError in decode.py") for number in numbers]
 

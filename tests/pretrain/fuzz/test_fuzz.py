@@ -87,6 +87,8 @@ def test_no_damage_is_more_than_a_sentence(base: Path, request: pytest.FixtureRe
         results = []
         for seed in range(first + number, first + count, len(workers)):
             results.append(workers[number](seed))
+            if len(results) % 100 == 0:
+                print(f"worker {number}: {len(results)} damages, the last {seed}", flush=True)
             for fault in results[-1]["faults"]:
                 print(f"damage {seed} ({results[-1]['target']}, {results[-1].get('how')}): {fault}", flush=True)
         return results

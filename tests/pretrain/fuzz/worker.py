@@ -23,6 +23,7 @@ from damages import SAMPLES, SHARDS, SIZES, damage  # noqa: E402  # after the pa
 TOLD = re.compile(
     r"left out|not read|not be used|skipp|missing|lost|end mark|zeros|damaged|truncat|ends? at|unusable", re.I
 )
+NO_TRACE = re.compile("gone at|blocks taken out|taken out .* (512|1024|2048|4096|8192) b")
 
 
 @dataclass
@@ -110,8 +111,10 @@ def silent_loss(result: Result, folder: Path, base: Path, data: Path, checked: s
         return
     named = {str(line["key"]) for line in read_lines(folder / "new" / "quarantine.jsonl")}
     lost = {f"s{number:02d}" for number in range(SAMPLES)} - keys
-    # whole files or members that are gone before there is an index are gone without a trace
-    if result.target == "tar" and re.search("gone at|blocks taken out", result.how):
+    # whole files or blocks that are taken out before there is an index leave no trace
+    if result.target == "tar" and re.search(
+        "gone at|blocks taken out|taken out .* (512|1024|2048|4096|8192) b", result.how
+    ):
         return
     if lost and result.codes["check"] == 0 and not re.search(r"^(warning|error) (?!index\.json)", checked, re.M):
         yield f"check: good, and {len(lost)} samples are lost"
