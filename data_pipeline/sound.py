@@ -65,7 +65,7 @@ def decode_sound(data: bytes, *, max_samples: float = MAX_SAMPLES) -> tuple[np.n
         raise
     except soundfile.LibsndfileError as error:  # whose own text names an object in memory
         raise DataError(f"damaged {kind}: {error.error_string}") from error
-    except (RuntimeError, TypeError) as error:
+    except Exception as error:  # hostile bytes: RuntimeError, TypeError, MemoryError, ...
         raise DataError(f"damaged {kind}: {error}") from error
     if len(wave) < length or _ends_early(data, kind):
         raise DataError(f"damaged {kind}: it ends early, after {len(wave) / rate:.2f} s")

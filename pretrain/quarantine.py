@@ -82,7 +82,8 @@ class Quarantine:
         if count >= max(1, 2 * self._told):
             self._told = count
             if self._ranks.is_first:
-                self._say(f"{_samples(count)} could not be used so far, others stand in for them; {named}")
+                stand = "another stands in for it" if count == 1 else "others stand in for them"
+                self._say(f"{_samples(count)} could not be used so far, {stand}; {named}")
 
 
 def _samples(count: int) -> str:

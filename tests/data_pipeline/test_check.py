@@ -16,6 +16,12 @@ from data_pipeline.check import CheckReport, Problem, check_dataset
 from data_pipeline.index import INDEX_FILE, load_index, table_path
 
 
+def wave_of_nans() -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, np.full(500, np.nan, np.float32), 8000, format="WAV", subtype="FLOAT")
+    return file.getvalue()
+
+
 def sound(frames: int = 500) -> bytes:
     file = io.BytesIO()
     soundfile.write(file, np.sin(np.arange(frames) / 9), 8000, format="FLAC")
@@ -76,8 +82,9 @@ def test_a_check_writes_nothing_and_needs_no_index(tmp_path: Path) -> None:
         ("bad.png", b"<html>404</html>", "not a JPEG, PNG or WebP"),
         ("bad.jpg", b"", "not a JPEG, PNG or WebP image (0 bytes"),
         ("bad.left.webp", b"RIFF\0\0\0\0WEBPVP8 ", "the left.webp field: damaged WEBP"),
-        ("bad.flac", sound(5000)[:300], "damaged sound"),
-        ("bad.wav", b"RIFF", "damaged sound"),
+        ("bad.flac", sound(5000)[:300], "damaged FLAC"),
+        ("bad.wav", b"RIFF", "not a FLAC, WAV or OGG sound"),
+        ("bad.wav", wave_of_nans(), "values that are no sound"),
         ("bad.txt", b"caf\xe9", "not UTF-8"),
         ("bad.json", b"{", "not JSON"),
         ("bad.json", b"[]", "holds list, not an object"),
