@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shlex
 import sys
 import warnings
@@ -47,6 +46,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 # What the system says of a file that will not be otherwise at the next attempt
 LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
+# What gloo and NCCL say when a rank at the other end of a connection is gone
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "ncclRemoteError", "remote process exited")
+
 # What a command line that does not parse raises. Its home has moved from click into typer; this is it in both.
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 
@@ -66,13 +68,20 @@ def train(
 ) -> None:
     """Train a recipe: from where its run folder stands, or from the beginning."""
     from pretrain.config import load_recipe
-    from pretrain.launch import end_with_launcher, launch
-    from pretrain.parallel.choose import with_layout
-    from pretrain.parallel.groups import world_size
-    from pretrain.preflight import check
-    from pretrain.restart import Restarts
+    from pretrain.job import refuse_ranks_of_ranks, this_job, unused_tasks
 
     resolved = load_recipe(recipe, overrides or [])
+    job = this_job()
+    refuse_ranks_of_ranks(job, nproc)
+    if hint := unused_tasks(job, nproc):
+        print(hint, file=sys.stderr)
+    job.announce()
+    from pretrain.launch import end_with_launcher, launch
+    from pretrain.parallel.choose import with_layout
+    from pretrain.preflight import check
+    from pretrain.restart import Restarts
+    from pretrain.run_lock import refuse_if_held
+
     least = nproc if min_nproc is None else min_nproc
     if least > nproc:
         raise RequestError(f"--min-nproc is {least}, more than --nproc {nproc}: give at most {nproc}")
@@ -84,14 +93,15 @@ def train(
     ranks += ["--restarts", str(restarts)] if restarts else []
     ranks += ["--min-nproc", str(least)] if least < nproc else []
     arguments = ["train", recipe, *(overrides or []), *ranks]
-    if ranks and not _under_launcher():
+    if ranks and not job.by:
+        refuse_if_held(resolved.run.dir)
         check(with_layout(resolved, nproc), nproc)  # one sentence here instead of one from each rank
         again = [Restarts(resolved, nproc, restarts, least)] if restarts else []
         raise typer.Exit(launch(arguments, nproc, *again))
     end_with_launcher()
     from pretrain.train import train as run
 
-    raise typer.Exit(run(with_layout(resolved, world_size()), shlex.join(["weft", *arguments])))
+    raise typer.Exit(run(with_layout(resolved, job.world), shlex.join(["weft", *arguments])))
 
 
 @weft.command()
@@ -247,7 +257,7 @@ def bench_step(
         rows = bench_layouts(resolved, recipe, overrides or [], nproc, show)
         print(json.dumps(rows) if json_ else markdown(rows))
         return
-    if nproc > 1 and not _under_launcher():
+    if nproc > 1 and not _one_of_several(nproc):
         flags = ["--recipe", recipe, "--nproc", str(nproc), *(["--json"] if json_ else [])]
         raise typer.Exit(launch(["bench", "step", *(overrides or []), *flags], nproc))
     from pretrain.bench import bench_training_step
@@ -269,7 +279,7 @@ def bench_checkpoint(
     from pretrain.launch import launch
 
     resolved = load_recipe(recipe, overrides or [])
-    if nproc > 1 and not _under_launcher():
+    if nproc > 1 and not _one_of_several(nproc):
         flags = ["--recipe", recipe, "--nproc", str(nproc), *(["--json"] if json_ else [])]
         raise typer.Exit(launch(["bench", "checkpoint", *(overrides or []), *flags], nproc))
     from pretrain.bench_checkpoint import bench_checkpoint as measure
@@ -324,21 +334,40 @@ def main(arguments: list[str] | None = None) -> int:
 
         bad_data = isinstance(error, DataError)
         return _fail(str(error), 1 if bad_data else 2, lasting=bad_data)  # a library's own may be one peer's end
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in LOST_PEER):
+            raise
+        return _fail("the connection to another rank was lost: see what that rank says, and why it ended", 1, False)
 
 
-def _under_launcher() -> bool:
-    """Whether torchrun, SLURM or our own launcher has started this process as one of several ranks."""
-    return "WORLD_SIZE" in os.environ
+def _one_of_several(nproc: int) -> bool:
+    """Whether this process is a rank that a launcher has started; RequestError where that contradicts `--nproc`."""
+    from pretrain.job import refuse_ranks_of_ranks, this_job
+
+    job = this_job()
+    refuse_ranks_of_ranks(job, nproc)
+    job.announce()
+    return bool(job.by)
 
 
 def _fail(sentence: str, code: int, lasting: bool = True) -> int:
-    """Say the sentence, and return the code. The launcher starts the job again unless the trouble is `lasting`."""
+    """Say the sentence, and return the code. The launcher starts the job again unless the trouble is `lasting`.
+
+    Where our launcher waits for the ranks, it says what another than the first ended with; else each says its own.
+    """
+    from pretrain.job import Job, this_job
     from pretrain.launch import leave_word
 
-    if os.environ.get("RANK", "0") == "0":
+    try:
+        job = this_job()
+    except RequestError:  # which is not what this command has failed of, or is told already
+        job = Job()
+    if job.rank == 0:
         print(f"weft: {sentence}", file=sys.stderr, flush=True)
-    if lasting and code != 130:
-        leave_word(sentence)
+    elif job.by != "weft":
+        print(f"weft: rank {job.rank}: {sentence}", file=sys.stderr, flush=True)
+    if code != 130:
+        leave_word(sentence, lasting)
     return code
 
 

@@ -19,16 +19,14 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from pretrain.job import LAUNCHER
 from pretrain.restart import End, cause
 
-LAUNCHER = "WEFT_LAUNCHER"  # process id of the launcher, in the environment of its ranks
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 SAID = "TORCHELASTIC_ERROR_FILE"  # torchrun's: where a rank leaves what it died of
 
 
-def launch(
-    arguments: Sequence[str], ranks: int, again: Callable[[Sequence[End]], int | None] = lambda ends: None
-) -> int:
+def launch(arguments: Sequence[str], ranks: int, again: Callable[[Sequence[End]], int | None] | None = None) -> int:
     """Run `python -m pretrain.cli ARGUMENTS` on `ranks` ranks of this machine; the exit code of the first to fail.
 
     `again` is asked after a failure on how many ranks to start once more; None: not. A stop signal to this process is
@@ -45,9 +43,9 @@ def launch(
     try:
         attempt, asked = 0, ranks
         while ends := _attempt(arguments, asked, attempt):
-            next_ranks = again(ends)
+            next_ranks = again(ends) if again else None
             if next_ranks is None:
-                return _report(ends)
+                return _report(ends, said=again is not None)
             attempt, asked = attempt + 1, next_ranks
     except SignalException as stopped:
         return 128 + int(stopped.sigval)
@@ -77,12 +75,7 @@ def _attempt(arguments: Sequence[str], ranks: int, attempt: int) -> list[End]:
         elastic_launch(config, sys.executable)("-m", "pretrain.cli", *arguments)
     except ChildFailedError as error:
         return [
-            End(
-                rank,
-                failure.exitcode,
-                float(failure.timestamp),
-                failure.message if Path(failure.error_file).is_file() else "",
-            )
+            End(rank, failure.exitcode, float(failure.timestamp), *_word(Path(failure.error_file)))
             for rank, failure in error.failures.items()
         ]
     finally:
@@ -90,20 +83,34 @@ def _attempt(arguments: Sequence[str], ranks: int, attempt: int) -> list[End]:
     return []
 
 
-def _report(ends: Sequence[End]) -> int:
-    """The exit code of a job that ended so; says what was wrong where the first rank, which speaks, did not know."""
+def _report(ends: Sequence[End], said: bool = False) -> int:
+    """The exit code of a job that ended so; says what was wrong where the first rank, which speaks, did not know.
+
+    `said`: that a rank was killed has been told already.
+    """
     end = cause(ends)
-    if end.said and not any(each.said for each in ends if each.rank == 0):
+    if end.said and end.rank != 0 and not any(each.said == end.said for each in ends if each.rank == 0):
         print(f"weft: rank {end.rank}: {end.said}", file=sys.stderr)
+    elif end.code < 0 and not end.is_final and not said:
+        print(f"weft: {end}", file=sys.stderr)
     return end.exit_code
 
 
-def leave_word(sentence: str) -> None:
-    """In a rank: tell the launcher the sentence for the user that this rank ends with."""
+def leave_word(sentence: str, lasting: bool) -> None:
+    """In a rank: tell the launcher the sentence that this rank ends with; `lasting`: at another attempt too."""
     if path := os.environ.get(SAID):
         with suppress(OSError):  # where nothing can be written, the exit code has to do
-            text = json.dumps({"message": sentence, "timestamp": int(time.time())})
+            text = json.dumps({"message": sentence, "lasting": lasting, "timestamp": int(time.time())})
             Path(path).write_text(text, encoding="utf-8")
+
+
+def _word(path: Path) -> tuple[str, bool]:
+    """What `leave_word` left; nothing where a rank ended otherwise."""
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        return str(told["message"]), bool(told["lasting"])
+    except (OSError, ValueError, KeyError, TypeError):  # none, or one in the form of torchrun's own
+        return "", True
 
 
 def end_with_launcher() -> None:

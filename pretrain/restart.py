@@ -35,6 +35,7 @@ class End:
     code: int  # exit code; minus the number of the signal that killed it
     seen: float = 0.0  # Unix seconds
     said: str = ""  # the sentence for the user with which it ended by itself: a mistake, bad data
+    lasting: bool = True  # whether another attempt would end with that sentence too, as far as can be known
 
     @property
     def exit_code(self) -> int:
@@ -44,7 +45,7 @@ class End:
     @property
     def is_final(self) -> bool:
         """Whether another attempt would end the same way (a sentence for the user), or was not wanted (a stop)."""
-        return bool(self.said) or self.code == RequestError.exit_code or self.exit_code in _STOPS
+        return bool(self.said and self.lasting) or self.code == RequestError.exit_code or self.exit_code in _STOPS
 
     def __str__(self) -> str:
         if self.code == NO_PROGRESS:
@@ -75,7 +76,7 @@ def _follows(end: End) -> int:
     """0 for what surely came by itself, more for what may have followed from another rank's end."""
     if end.exit_code in _STOPS:  # the launcher may end a rank that has just said its sentence
         return 5
-    if end.said:
+    if end.said and end.lasting:
         return 0
     if end.code == NO_PROGRESS:
         return 2

@@ -14,6 +14,8 @@ import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import torch
+
 import kernels
 from data_pipeline import Dataset, Joined
 from data_pipeline.index import written_whole
@@ -30,13 +32,16 @@ from pretrain.evaluation.evaluate import evaluate, summary
 from pretrain.flops import peak_tflops, training_flops_per_sample
 from pretrain.guard import Guard
 from pretrain.ingest import ingest
+from pretrain.job import this_job
 from pretrain.metrics import EXAMPLES, Clock, ProgressLine, RunLog, WaitHint, duration, peak_memory_gib
 from pretrain.parallel.build import build_model
 from pretrain.parallel.engine import Engine
-from pretrain.parallel.groups import Ranks, pick_device, start_ranks, stop_ranks, world_size
+from pretrain.parallel.groups import TIMEOUT, Ranks, pick_device, start_ranks, stop_ranks
 from pretrain.parallel.layout import Layout
+from pretrain.parallel.meeting import telling_others
 from pretrain.preflight import check
 from pretrain.quarantine import Quarantine
+from pretrain.run_lock import RunLock, refuse_if_held
 from pretrain.schedule import learning_rate
 from pretrain.signals import Interruptible, StopAskedError, stop_on_signal
 from pretrain.sources import picture_aspects, reading_order, samples_read, shapes_of
@@ -46,9 +51,31 @@ from pretrain.watchdog import Watchdog, collective_timeout
 
 def train(recipe: Recipe, command: str) -> int:
     """Train, evaluate and save as the recipe says; returns the exit code. `command` is what resumes the run."""
-    layout, dataset, test, checkpoint = check(recipe, world_size())
+    job, limit = this_job(), recipe.train.watchdog
+    patience = limit or TIMEOUT.total_seconds()
+    with ExitStack() as held:
+        with telling_others(job, patience):
+            if job.rank == 0:
+                refuse_if_held(recipe.run.dir)
+            layout, dataset, test, checkpoint = check(recipe, job.world)
+            device = pick_device(recipe.run.device)
+            if job.rank == 0:
+                held.enter_context(RunLock(recipe.run.dir))
+        return _with_ranks(recipe, command, layout, dataset, test, checkpoint, device, patience)
+
+
+def _with_ranks(
+    recipe: Recipe,
+    command: str,
+    layout: Layout,
+    dataset: Dataset | Joined,
+    test: Dataset | None,
+    checkpoint: Checkpoint | None,
+    device: torch.device,
+    patience: float,
+) -> int:
     limit = recipe.train.watchdog
-    ranks = start_ranks(layout, pick_device(recipe.run.device), collective_timeout(limit))
+    ranks = start_ranks(layout, device, collective_timeout(limit), patience)
     with Watchdog(recipe.run.dir, ranks, checkpoint.step if checkpoint else 0, limit) as watchdog:
         try:
             code = _train(recipe, command, layout, dataset, test, checkpoint, ranks, watchdog)

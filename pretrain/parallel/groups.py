@@ -18,8 +18,10 @@ import torch
 import torch.distributed as dist
 
 from pretrain.errors import RequestError
+from pretrain.job import this_job
 from pretrain.parallel.cpu import enable_cpu
 from pretrain.parallel.layout import Layout
+from pretrain.parallel.meeting import meet
 
 TIMEOUT = timedelta(minutes=10)
 
@@ -82,26 +84,36 @@ class Ranks:
 
 def world_size() -> int:
     """How many ranks the launcher started (1 without one)."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return this_job().world
 
 
 def pick_device(asked: str) -> torch.device:
     """The device of this rank for run.device=auto, cpu or cuda: its own card, or the CPU.
 
-    Raises RequestError for cuda where torch finds none.
+    Raises RequestError for cuda where torch finds no GPU, or none for this rank.
     """
     cuda = torch.cuda.is_available()
     if asked == "cuda" and not cuda:
         raise RequestError("run.device is cuda, but torch finds no GPU here: use run.device=cpu or auto")
     if asked == "cpu" or not cuda:
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    job, cards = this_job(), torch.cuda.device_count()
+    if job.local_rank is None and job.is_one_of_several:
+        raise RequestError("LOCAL_RANK is not set, so this rank does not know its GPU: use --nproc, torchrun or srun")
+    # srun --gpus-per-task shows each task its own card, as the only one
+    card = 0 if job.by == "srun" and cards == 1 else job.local_rank or 0
+    if card >= cards:
+        raise RequestError(f"LOCAL_RANK is {card}, but torch finds {cards} GPU(s): start at most {cards} ranks here")
+    return torch.device("cuda", card)
 
 
-def start_ranks(layout: Layout, device: torch.device, timeout: timedelta = TIMEOUT) -> Ranks:
+def start_ranks(
+    layout: Layout, device: torch.device, timeout: timedelta = TIMEOUT, patience: float = TIMEOUT.total_seconds()
+) -> Ranks:
     """Join the other ranks and make the groups of a layout. A single rank needs no launcher and opens no port.
 
-    `timeout`: how long a collective waits for a rank that does not come.
+    `timeout`: how long a collective waits for a rank that does not come; `patience`: for how many seconds ranks wait
+    for each other at the start. Raises WeftError that names a rank which failed before, or did not come.
     """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -119,7 +131,9 @@ def start_ranks(layout: Layout, device: torch.device, timeout: timedelta = TIMEO
         if layout.world == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
-            dist.init_process_group(backend, timeout=timeout)
+            job = this_job()
+            store = meet(job, patience)
+            dist.init_process_group(backend, store=store, rank=job.rank, world_size=job.world, timeout=timeout)
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -179,12 +193,15 @@ def _copy_group(layout: Layout, timeout: timedelta) -> dist.ProcessGroup | None:
 def start_alone(device: torch.device) -> Ranks:
     """The groups of a single process that only runs a model; Megatron-core's layers ask for them when they are built.
 
-    Raises RuntimeError inside a job of several ranks.
+    Raises RequestError inside a job of several ranks.
     """
     from megatron.core import parallel_state
 
-    if world_size() > 1:
-        raise RuntimeError(f"a model by itself runs on one process, and this one is of {world_size()} ranks")
+    if (job := this_job()).is_one_of_several:
+        raise RequestError(
+            f"this command runs in one process, but {job.by} has started this one as rank {job.rank} of {job.world}: "
+            "start it once, without a launcher"
+        )
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     return start_ranks(Layout(world=1, dp=1, tp=1, zero=0, share=1, micro_batch=1), device)

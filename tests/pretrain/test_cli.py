@@ -149,12 +149,28 @@ def test_a_command_line_that_does_not_parse(mistake: Any, arguments: list[str], 
         assert word.lower() in sentence.lower()
 
 
-def test_only_the_first_rank_speaks(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"RANK": "1"}, "weft: "),  # nobody else is there
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "weft: rank 1: "),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_STEP_NODELIST": "n[1-2]"}, "weft: rank 3: "),
+        ({"RANK": "1", "WORLD_SIZE": "2", "WEFT_LAUNCHER": "1"}, ""),  # our launcher says what a rank left for it
+    ],
+)
+def test_a_rank_says_its_error_where_nobody_says_it_for_it(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    environment: dict[str, str],
+    says: str,
 ) -> None:
-    monkeypatch.setenv("RANK", "1")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     assert main(["report", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == ""
+    told = capsys.readouterr().err
+    assert told.startswith(says) if says else told == ""
+    assert bool(says) == (str(tmp_path) in told)
 
 
 # --- what goes wrong inside a command

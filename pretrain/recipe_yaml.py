@@ -1,0 +1,87 @@
+"""YAML as recipes mean it: safe, without the traps of YAML 1.1, and with every key once.
+
+- `010` and `08` are the numbers ten and eight (1.1: octal), `1:30` and `2024-01-01` are text (1.1: 90, and a date).
+- A key that is given twice in one mapping is refused with both lines; PyYAML keeps the last one and says nothing.
+  What a merge key (`<<: *base`) brings may be replaced, which is what it is for.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from pretrain.errors import RequestError
+
+INTEGER, FLOAT, MERGE = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float", "tag:yaml.org,2002:merge"
+TIMESTAMP = "tag:yaml.org,2002:timestamp"
+
+
+def parse(text: str, where: str) -> Any:
+    """The value of a YAML text. Raises RequestError, which begins with `where`, for a key that is given twice.
+
+    Raises ValueError, in one line, for what is not YAML.
+    """
+    try:
+        loader = _Loader(text)
+        loader.where = where
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+class _Loader(yaml.SafeLoader):
+    where = ""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.flat: set[int] = set()  # mappings that were looked at
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Refuse repeated keys before merge keys are replaced by what they bring, which is done once a mapping."""
+        if id(node) in self.flat:
+            return
+        self.flat.add(id(node))
+        lines: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            key = "<<" if key_node.tag == MERGE else self.construct_object(key_node, deep=True)
+            line = key_node.start_mark.line + 1
+            if isinstance(key, (list, dict, set)):
+                continue  # refused as a key when the mapping is made
+            if key in lines:
+                raise RequestError(f"{self.where}: {_twice(key, lines[key], line)}: keep one of them")
+            lines[key] = line
+        super().flatten_mapping(node)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        text = self.construct_scalar(node).replace("_", "")
+        return int(text) if re.fullmatch(r"[-+]?[0-9]+", text) else super().construct_yaml_int(node)
+
+
+def _twice(key: Any, first: int, second: int) -> str:
+    if first == second:
+        return f"{key!r} is given twice in line {first}" if first > 1 else f"{key!r} is given twice"
+    return f"{key!r} is given twice (lines {first} and {second})"
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (INTEGER, FLOAT, TIMESTAMP)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    FLOAT,
+    re.compile(
+        r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?$|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
+    ),
+    list("-+0123456789."),
+)
+_Loader.add_implicit_resolver(
+    INTEGER, re.compile(r"[-+]?(?:[0-9][0-9_]*|0b[01_]+|0x[0-9a-fA-F_]+)$"), list("-+0123456789")
+)
+_Loader.add_constructor(INTEGER, _Loader.construct_yaml_int)

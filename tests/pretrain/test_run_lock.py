@@ -1,0 +1,123 @@
+"""One training at a time in a run folder, whether its owner lives, was killed, or is on another machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pretrain import run_lock
+from pretrain.errors import WeftError
+from pretrain.run_lock import LOCK, OWNER, Owner, RunLock, refuse_if_held
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from pretrain.run_lock import RunLock
+with RunLock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> subprocess.Popen[str]:  # type: ignore[misc]
+    """Another process that trains in tmp_path / "run"."""
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_the_second_is_refused_until_the_first_is_killed(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    run = tmp_path / "run"
+    named = f"process {holder.pid} on .* trains in {run}"
+    with pytest.raises(WeftError, match=named):
+        refuse_if_held(run)
+    with pytest.raises(WeftError, match=named), RunLock(run):
+        pass
+    holder.send_signal(signal.SIGSTOP)  # it may go on at any time
+    with pytest.raises(WeftError, match=named), RunLock(run):
+        pass
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    refuse_if_held(run)
+    with RunLock(run):
+        assert Owner.read(run).process == os.getpid()  # type: ignore[union-attr]
+
+
+def test_where_locks_exclude_nobody_the_record_does(
+    tmp_path: Path, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    monkeypatch.setattr(run_lock, "_take", lambda file: True)
+    with pytest.raises(WeftError, match=f"process {holder.pid} on "):
+        refuse_if_held(run)
+    with pytest.raises(WeftError, match=f"process {holder.pid} on "), RunLock(run):
+        pass
+    holder.kill()
+    holder.wait()
+    with RunLock(run):
+        pass
+
+
+def test_nothing_is_left_of_a_run_that_ended(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    refuse_if_held(run)
+    assert not run.exists()
+    for _ in range(2):
+        with RunLock(run):
+            assert (run / OWNER).is_file()
+        assert [path.name for path in run.iterdir()] == [LOCK]
+
+
+def test_an_owner_on_another_machine_counts_as_dead_once_it_stands_still(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run_lock, "STILL", 0.05)
+    tmp_path.joinpath(LOCK).touch()
+    replace(Owner.me(), token="theirs", host="far", machine="far away").write(tmp_path)
+    refuse_if_held(tmp_path)  # only who waits for it can tell
+    with RunLock(tmp_path):
+        assert Owner.read(tmp_path).host != "far"  # type: ignore[union-attr]
+    assert "process " in capsys.readouterr().err
+
+
+def test_an_owner_on_another_machine_that_goes_on_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    far = replace(Owner.me(), token="theirs", host="far", machine="far away", process=5)
+    beats = iter(replace(far, beat=number) for number in range(1000))
+    monkeypatch.setattr(Owner, "read", lambda run: next(beats))
+    with pytest.raises(WeftError, match=f"process 5 on far trains in {tmp_path}"), RunLock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"process": 1}', "\x00" * 50])
+def test_a_damaged_record_is_nobody(tmp_path: Path, text: str) -> None:
+    (tmp_path / OWNER).write_text(text)
+    with RunLock(tmp_path):
+        pass
+
+
+def test_a_job_that_was_queued_again_waits_for_its_predecessor(
+    tmp_path: Path, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    record = json.loads((run / OWNER).read_text())
+    (run / OWNER).write_text(json.dumps(record | {"job": "77"}))
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    with pytest.raises(WeftError, match="trains in"), RunLock(run):  # the same start of the job: another step of it
+        pass
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    refuse_if_held(run)
+    monkeypatch.setattr(run_lock.time, "sleep", lambda seconds: (holder.kill(), holder.wait()))
+    with RunLock(run):
+        pass
+    assert "queued again" in capsys.readouterr().err
