@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shlex
 import sys
 import warnings
+from collections.abc import Iterable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -31,15 +33,15 @@ weft = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-checkpoints = typer.Typer(help="Look into checkpoints.", no_args_is_help=True, pretty_exceptions_enable=False)
+checkpoints = typer.Typer(help="Inspect and verify checkpoints.", no_args_is_help=True, pretty_exceptions_enable=False)
 bench = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True, pretty_exceptions_enable=False)
 weft.add_typer(data, name="data")
 weft.add_typer(checkpoints, name="checkpoint")
 weft.add_typer(bench, name="bench")
 
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A built-in recipe, or a YAML file.")]
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A built-in recipe or a YAML file.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe, such as train.lr=1e-3.")
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of the recipe, such as train.lr=1e-3.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
 
@@ -57,17 +59,17 @@ USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 def train(
     recipe: RecipeName,
     overrides: Overrides = None,
-    nproc: Annotated[int, typer.Option(min=1, help="Ranks to start on this machine.")] = 1,
+    nproc: Annotated[int, typer.Option(min=1, help="Number of ranks to start on this machine.")] = 1,
     restarts: Annotated[
-        int, typer.Option(min=0, help="Start again so often from the newest checkpoint when a rank dies or hangs.")
+        int, typer.Option(min=0, help="Restart from the newest checkpoint at most N times when a rank dies or hangs.")
     ] = 0,
     min_nproc: Annotated[
         int | None,
-        typer.Option(min=1, help="After an attempt without progress, start with fewer ranks, down to so many."),
+        typer.Option(min=1, help="Fewest ranks to restart with after an attempt without progress."),
     ] = None,
 ) -> None:
-    """Train a recipe: from where its run folder stands, or from the beginning."""
-    from pretrain.config import load_recipe
+    """Train a recipe; resumes from the newest checkpoint of its run folder."""
+    from pretrain.config import load_recipe, repeated
     from pretrain.job import refuse_ranks_of_ranks, this_job, unused_tasks
 
     resolved = load_recipe(recipe, overrides or [])
@@ -76,6 +78,8 @@ def train(
     if hint := unused_tasks(job, nproc):
         print(hint, file=sys.stderr)
     job.announce()
+    if job.rank == 0 and job.by != "weft":
+        _say_repeated(repeated(overrides or []))
     from pretrain.launch import end_with_launcher, launch
     from pretrain.parallel.choose import with_layout
     from pretrain.preflight import check
@@ -86,9 +90,9 @@ def train(
     if least > nproc:
         raise RequestError(f"--min-nproc is {least}, more than --nproc {nproc}: give at most {nproc}")
     if least < nproc and not restarts:
-        raise RequestError(f"--min-nproc {least} says what restarts may do, and there are none: give --restarts too")
+        raise RequestError(f"--min-nproc {least} is for restarts, but there are none: give --restarts too")
     if restarts and resolved.train.resume == "never":
-        raise RequestError("--restarts goes on from checkpoints, and train.resume is never: use train.resume=auto")
+        raise RequestError("--restarts resumes from checkpoints, but train.resume is never: use train.resume=auto")
     ranks = ["--nproc", str(nproc)] if nproc > 1 else []
     ranks += ["--restarts", str(restarts)] if restarts else []
     ranks += ["--min-nproc", str(least)] if least < nproc else []
@@ -105,14 +109,23 @@ def train(
 
 
 @weft.command()
-def config(recipe: RecipeName, overrides: Overrides = None, json_: Json = False) -> None:
-    """Print the resolved recipe: each key with its value, type and meaning."""
-    from pretrain.config import keys_of, load_recipe
+def config(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    yaml: Annotated[bool, typer.Option("--yaml", help="Print YAML instead; saved to a file, it is a recipe.")] = False,
+    json_: Json = False,
+) -> None:
+    """Print the resolved recipe: each key with its value, default, type and meaning.
+
+    With --yaml or --json the output is itself a recipe: `weft config quickstart --yaml > mine.yaml`.
+    """
+    from pretrain.config import item_section, keys_of, load_recipe, repeated
 
     resolved = load_recipe(recipe, overrides or [])
+    _say_repeated(repeated(overrides or []))
     tree = resolved.model_dump(mode="json")
-    if json_:
-        print(json.dumps(tree))
+    if yaml or json_:
+        print(json.dumps(tree) if json_ else resolved.yaml(), end="\n" if json_ else "")
         return
     table = Table("key", "value", "default", "type", "meaning", box=None, header_style="bold", pad_edge=False)
     for key, field in keys_of(type(resolved)):
@@ -121,12 +134,26 @@ def config(recipe: RecipeName, overrides: Overrides = None, json_: Json = False)
             value = value[part]
         if isinstance(value, dict):
             continue
-        default = "required" if field.is_required() else _short(field.get_default(call_default_factory=True))
-        kind = getattr(field.annotation, "__name__", None) or str(field.annotation).replace("typing.", "")
-        if not isinstance(field.annotation, type):
-            kind = str(field.annotation).replace("typing.", "").replace("pathlib.", "")
-        table.add_row(*(escape(text) for text in (key, _short(value), default, kind, field.description or "")))
+        _add_row(table, key, _short(value), field)
+        if item := item_section(field):  # the keys of each item of a list
+            for name, inner in keys_of(item):
+                given = [each[name] for each in value]
+                _add_row(table, f"{key}[].{name}", ", ".join(map(_short, given)), inner)
     Console(width=max(160, Console().width)).print(table)
+
+
+def _add_row(table: Table, key: str, value: str, field: Any) -> None:
+    default = "required" if field.is_required() else _short(field.get_default(call_default_factory=True))
+    kind = getattr(field.annotation, "__name__", None) or str(field.annotation)
+    if not isinstance(field.annotation, type):
+        kind = str(field.annotation).replace("pretrain.sections.", "")
+    kind = kind.replace("typing.", "").replace("pathlib.", "")
+    table.add_row(*(escape(text) for text in (key, value, default, kind, field.description or "")))
+
+
+def _say_repeated(sentences: Iterable[str]) -> None:
+    for sentence in sentences:
+        print(sentence, file=sys.stderr)
 
 
 @weft.command("eval")
@@ -176,7 +203,7 @@ def report(
 
 @checkpoints.command()
 def show(path: Annotated[Path, typer.Argument(help="A checkpoint, or a run folder.")], json_: Json = False) -> None:
-    """What a checkpoint holds."""
+    """Show what a checkpoint contains."""
     from pretrain.checkpoint.format import describe
 
     found = describe(path)
@@ -205,7 +232,7 @@ def show(path: Annotated[Path, typer.Argument(help="A checkpoint, or a run folde
 def verify_checkpoint(
     path: Annotated[Path, typer.Argument(help="A checkpoint, or a run folder.")], json_: Json = False
 ) -> None:
-    """Read every byte and compare checksums; exit 1 when one is wrong."""
+    """Read every byte and compare checksums; exit 1 if one is wrong."""
     from pretrain.checkpoint.format import describe, verify
 
     found = describe(path)
@@ -219,10 +246,12 @@ def verify_checkpoint(
 
 @bench.command("data")
 def bench_data(
-    ray: Annotated[bool, typer.Option("--ray", help="The loader on Ray against the one in process instead.")] = False,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Compare the loader on Ray with the one in process instead.")
+    ] = False,
     json_: Json = False,
 ) -> None:
-    """The loader against webdataset, and the loaders of others that are installed, in one run on the same shards."""
+    """Compare the loader with webdataset and other installed loaders on the same shards."""
     if ray:
         from data_pipeline.bench.on_ray import bench_ray
 
@@ -238,14 +267,16 @@ def bench_data(
 @bench.command("step")
 def bench_step(
     overrides: Overrides = None,
-    recipe: Annotated[str, typer.Option(help="Whose model, batch, precision and layout to measure.")] = "quickstart",
-    nproc: Annotated[int, typer.Option(min=1, help="Ranks to start on this machine.")] = 1,
+    recipe: Annotated[
+        str, typer.Option(help="Recipe whose model, batch, precision and layout are measured.")
+    ] = "quickstart",
+    nproc: Annotated[int, typer.Option(min=1, help="Number of ranks to start on this machine.")] = 1,
     layouts: Annotated[
-        bool, typer.Option("--layouts", help="A table: one process, and --nproc ranks in every way to cut.")
+        bool, typer.Option("--layouts", help="Print a table: one process, and --nproc ranks under every layout.")
     ] = False,
     json_: Json = False,
 ) -> None:
-    """The training step against the same model in plain torch with SDPA and DDP, in one run."""
+    """Compare the training step with the same model in plain torch (SDPA, DDP)."""
     from pretrain.config import load_recipe
     from pretrain.launch import launch
 
@@ -270,11 +301,11 @@ def bench_step(
 @bench.command("checkpoint")
 def bench_checkpoint(
     overrides: Overrides = None,
-    recipe: Annotated[str, typer.Option(help="Whose model, layout and run.dir to measure.")] = "quickstart",
-    nproc: Annotated[int, typer.Option(min=1, help="Ranks to start on this machine.")] = 1,
+    recipe: Annotated[str, typer.Option(help="Recipe whose model, layout and run.dir are used.")] = "quickstart",
+    nproc: Annotated[int, typer.Option(min=1, help="Number of ranks to start on this machine.")] = 1,
     json_: Json = False,
 ) -> None:
-    """How long training stands still for a checkpoint that is written beside it, or at once."""
+    """Measure how long saving a checkpoint blocks training, asynchronous and not."""
     from pretrain.config import load_recipe
     from pretrain.launch import launch
 
@@ -291,13 +322,13 @@ def bench_checkpoint(
 
 @bench.command("kernels")
 def bench_kernels(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where results go.")] = Path("runs/bench-kernels"),
-    only: Annotated[str, typer.Option(metavar="NAME,...", help="Operations; default: all of them.")] = "",
-    quick: Annotated[bool, typer.Option(help="The main rows, few repetitions.")] = False,
-    minutes: Annotated[float, typer.Option(min=0.1, help="Begin nothing new after about that long.")] = 8.0,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the results.")] = Path("runs/bench-kernels"),
+    only: Annotated[str, typer.Option(metavar="NAME,...", help="Operations to measure; default: all.")] = "",
+    quick: Annotated[bool, typer.Option(help="Main rows and few repetitions only.")] = False,
+    minutes: Annotated[float, typer.Option(min=0.1, help="Start no new measurement after about N minutes.")] = 8.0,
     json_: Json = False,
 ) -> None:
-    """Every kernel: right against fp64, then time and memory beside its peers; exit 1 when one is wrong."""
+    """Check every kernel against fp64, then measure time and memory against peers; exit 1 if one is wrong."""
     from kernels.bench import suite
     from kernels.bench.table import markdown
 
@@ -313,7 +344,9 @@ def main(arguments: list[str] | None = None) -> int:
     # what libraries tell each other of deprecated names is not the user's to mend
     warnings.filterwarnings("ignore", module=r"(megatron|deepspeed|torch)\.")
     try:
-        code = weft(arguments, prog_name="weft", standalone_mode=False)
+        code = weft(
+            _expanded(sys.argv[1:] if arguments is None else arguments), prog_name="weft", standalone_mode=False
+        )
         return int(code or 0)
     except USAGE_ERROR as error:
         sentence = _usage_sentence(error)
@@ -338,6 +371,16 @@ def main(arguments: list[str] | None = None) -> int:
         if not any(sign in str(error) for sign in LOST_PEER):
             raise
         return _fail("the connection to another rank was lost: see what that rank says, and why it ended", 1, False)
+
+
+def _expanded(arguments: list[str]) -> list[str]:
+    """With the home folder for `~` in paths and `--option=~/path`, which not every shell expands."""
+    expanded = []
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        path = os.path.expanduser(value) if equals and option.startswith("--") else ""
+        expanded.append(f"{option}={path}" if path else os.path.expanduser(argument))
+    return expanded
 
 
 def _one_of_several(nproc: int) -> bool:

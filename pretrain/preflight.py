@@ -7,6 +7,7 @@ from pretrain.checkpoint.format import Checkpoint
 from pretrain.checkpoint.warm_start import find_warm_start
 from pretrain.config import Recipe
 from pretrain.errors import RequestError
+from pretrain.models.names import nearest_prefix, parameter_names
 from pretrain.parallel.layout import Layout, lay_out
 from pretrain.run_folder import checkpoint_to_resume
 from pretrain.sources import cache_of, open_training_data, reading_order
@@ -18,6 +19,7 @@ def check(recipe: Recipe, world: int) -> tuple[Layout, Dataset | Joined, Dataset
     Raises RequestError for what the recipe says wrong, FileNotFoundError and DataError for its data.
     """
     layout = lay_out(recipe, world)
+    check_freeze(recipe, layout)
     dataset = open_training_data(recipe)
     reading_order(recipe, dataset)
     if recipe.train.global_batch > len(dataset):
@@ -32,3 +34,29 @@ def check(recipe: Recipe, world: int) -> tuple[Layout, Dataset | Joined, Dataset
     if checkpoint is None:
         find_warm_start(recipe)
     return layout, dataset, test, checkpoint
+
+
+def check_freeze(recipe: Recipe, layout: Layout) -> None:
+    """RequestError for a prefix of train.freeze that no parameter has, and where nothing is left to train."""
+    freeze = recipe.train.freeze
+    if not freeze:
+        return
+    parameters = list(parameter_names(recipe.model, layout.pp, layout.vpp))
+    names = [name for name, _ in parameters]
+    for prefix in freeze:
+        if not any(name.startswith(prefix) for name in names):
+            near = nearest_prefix(prefix, names)
+            way_out = f"did you mean {near}?" if near else f"they begin with {', '.join(_beginnings(names))}"
+            raise RequestError(f"train.freeze has {prefix!r}, but no parameter begins with it: {way_out}")
+    trained = {stage for name, stages in parameters for stage in stages if not name.startswith(freeze)}
+    if not trained:
+        raise RequestError(f"train.freeze is {list(freeze)}, which leaves nothing to train: freeze less")
+    if missing := sorted(set(range(layout.pp)) - trained):
+        raise RequestError(
+            f"train.freeze leaves pipeline stage {missing[0]} of {layout.pp} nothing to train: "
+            "use layout.pp=1, or freeze less"
+        )
+
+
+def _beginnings(names: list[str]) -> list[str]:
+    return list(dict.fromkeys(f"{name.partition('.')[0]}." for name in names))

@@ -24,6 +24,7 @@ from pretrain.checkpoint.format import Checkpoint, describe, description_problem
 from pretrain.config import Recipe, load_recipe, recipe_of
 from pretrain.errors import RequestError, WeftError
 from pretrain.parallel.layout import Layout
+from pretrain.relevance import rules_of
 
 # What may change between the start of a run and its end without making it another run
 FREE = (
@@ -104,8 +105,9 @@ def _refuse_another_run(checkpoint: Checkpoint, recipe: Recipe, data_fingerprint
     # through the model of a recipe, so that keys which are newer than the checkpoint stand there with their defaults
     theirs = flat(recipe_of(checkpoint.recipe, str(checkpoint.path)).model_dump(mode="json"))
     mine = flat(recipe.model_dump(mode="json"))
+    free = (*FREE, *(key for key, _ in rules_of(recipe)))  # what changes nothing may differ
     for key in sorted(theirs.keys() | mine.keys()):
-        if theirs.get(key) != mine.get(key) and not key.startswith(FREE):
+        if theirs.get(key) != mine.get(key) and not key.startswith(free):
             other = f"run.dir=OTHER train.init_from={run}"
             warm = "" if key.startswith(("model.", "run.")) else f"; {other} starts a new run from its weights"
             raise RequestError(

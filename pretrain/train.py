@@ -120,6 +120,8 @@ def _train(
     model = build_model(recipe, layout, ranks)
     refuse_nothing_to_train(model, recipe, ranks)
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    share = "all" if trained == parameters else f"{trained / 1e6:.2f} M"
     engine = Engine(model, recipe, layout, ranks)
     if checkpoint:
         restore_checkpoint(engine, checkpoint)
@@ -129,7 +131,7 @@ def _train(
     if ranks.is_first:
         line.say(
             f"{run}: {parameters / 1e6:.2f} M parameters{' a rank' if layout.tp * layout.pp > 1 else ''}, "
-            f"{flops / 1e9:.3f} GFLOP a sample; {layout}; {len(dataset)} samples, "
+            f"{share} trained, {flops / 1e9:.3f} GFLOP a sample; {layout}; {len(dataset)} samples, "
             f"{settings.steps * settings.global_batch / len(dataset):.1f} epochs"
             + (f"; resuming at step {start}" if start else f"; starting from {warm}" if warm else "")
         )

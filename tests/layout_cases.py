@@ -23,16 +23,15 @@ from pretrain.parallel.layout import Layout, lay_out
 BATCH, STEPS, LR = 16, 4, 1e-3
 TINY = [
     "data.train=unused",
-    "model.vision={layers: 4, width: 32, heads: 4, image_size: 32, patch: 8}",
     "model.text={layers: 4, width: 24, heads: 2, vocab_size: 300, context: 16}",
-    "model.embed_dim=20",
     f"train={{global_batch: {BATCH}, steps: 100, warmup: 1, eps: 1.0e-4, grad_clip: 0.5, watchdog: 0}}",
 ]
+TOWERS = ["model.vision={layers: 4, width: 32, heads: 4, image_size: 32, patch: 8}", "model.embed_dim=20"]
 MODELS = {
     # with the usual scale of 14.3 plain torch in fp32 is itself 1.0e-6 from fp64: no room for another order of sums
-    "contrastive": ["objectives=[{name: contrastive, label_smoothing: 0.1}]", "model.logit_scale_init=4"],
-    "sigmoid": ["objectives=[{name: sigmoid}]", "model.text.causal=false"],
-    "caption": ["objectives=[{name: caption}]", "model.kind=captioner"],
+    "contrastive": [*TOWERS, "objectives=[{name: contrastive, label_smoothing: 0.1}]", "model.logit_scale_init=4"],
+    "sigmoid": [*TOWERS, "objectives=[{name: sigmoid}]", "model.text.causal=false"],
+    "caption": ["objectives=[{name: caption}]", "model.kind=captioner", "model.vision={image_size: 32, patch: 8}"],
 }
 
 

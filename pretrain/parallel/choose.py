@@ -59,7 +59,7 @@ def candidates(recipe: Recipe, world: int) -> Iterator[Recipe]:
     savers = [("none", micro_batches[0]), *(("full", size) for size in micro_batches)]
     for recompute, micro_batch in savers:
         for sizes in _sizes(world):
-            chosen = {**recipe.layout.model_dump(), **sizes, "auto": False, "recompute": recompute}
+            chosen = {**recipe.layout.model_dump(), **sizes, "auto": False, "memory_gib": None, "recompute": recompute}
             train = recipe.train.model_copy(update={"micro_batch": micro_batch})
             yield recipe.model_copy(update={"layout": LayoutConfig.model_validate(chosen), "train": train})
 

@@ -51,7 +51,7 @@ def mistake(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 def test_an_unknown_recipe_names_those_there_are(mistake: Any) -> None:
     for command in ("train", "config"):
         sentence = mistake(2, command, "quikstart")
-        assert "'quikstart' is no recipe" in sentence
+        assert "'quikstart' is not a recipe" in sentence
         assert all(name in sentence for name in builtin_recipes())
 
 
@@ -252,6 +252,22 @@ def test_config_shows_each_key_with_value_default_type_and_meaning(capsys: pytes
     assert "[bold]{}" in shown, "a value is no markup"
     for key in ("model.vision.image_size", "objectives", "layout.zero", "checkpoint.every"):
         assert f"\n{key} " in shown
+
+
+def test_config_lists_the_keys_inside_lists_and_prints_a_recipe(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["config", "quickstart", "objectives=[{name: contrastive, label_smoothing: 0.25}]"]) == 0
+    shown = capsys.readouterr().out
+    for key in ("objectives[].name", "data.also[].weight", "data.schedule[].step"):
+        assert f"\n{key} " in shown
+    [row] = [line for line in shown.splitlines() if line.startswith("objectives[].label_smoothing ")]
+    assert row.split()[1:4] == ["0.25", "0.0", "float"]
+    assert main(["config", "quickstart", "train.lr=0.5", "--yaml"]) == 0
+    (tmp_path / "mine.yaml").write_text(capsys.readouterr().out)
+    assert load_recipe(str(tmp_path / "mine.yaml")) == load_recipe("quickstart", ["train.lr=0.5"])
+    assert main(["config", "quickstart", "train.lr=0.5", "train.lr=0.25", "--json"]) == 0
+    assert "train.lr is given twice" in capsys.readouterr().err
 
 
 def test_the_ranks_get_the_same_command_line(monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path) -> None:

@@ -10,8 +10,11 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pretrain.config import RECIPES, Recipe, builtin_recipes, keys_of, load_recipe
+from pretrain.cli import _expanded
+from pretrain.config import RECIPES, Recipe, builtin_recipes, keys_of, load_recipe, recipe_of, repeated
 from pretrain.errors import RequestError
+from pretrain.recipe_yaml import parse
+from pretrain.relevance import RULES, rules_of
 from pretrain.sections import Kernels
 
 # what scripts outside this repository rely on
@@ -123,7 +126,7 @@ OVERRIDES: list[tuple[str, str, Any]] = [
     ("model.vision={layers: 1, width: 8, heads: 2}", "model.vision.width", 8),
     ("model.vision.width=96", "model.vision.width", 96),
     ("eval.templates=['{}', 'das ist {}']", "eval.templates", ("{}", "das ist {}")),
-    ("model.logit_bias_init=-3.5", "model.logit_bias_init", -3.5),
+    ("model.logit_scale_init=3.5", "model.logit_scale_init", 3.5),
 ]
 
 
@@ -135,12 +138,30 @@ def test_an_override_changes_its_key_and_nothing_else(override: str, key: str, v
     section = key if override.startswith(f"{key}=") else key.rpartition(".")[0]
     for other, _ in keys_of(Recipe):
         if not (other == section or other.startswith(f"{section}.") or section.startswith(f"{other}.")):
-            assert value_at(changed, other) == value_at(before, other), other
+            idle = other in dict(rules_of(changed)) or isinstance(value_at(changed, other), BaseModel)
+            assert value_at(changed, other) == value_at(before, other) or idle, other
 
 
 def test_the_last_override_wins_and_later_ones_reach_into_earlier_ones() -> None:
-    recipe = load_recipe("quickstart", ["train.lr=1", "train.lr=2", "model.text={layers: 3}", "model.text.width=64"])
+    overrides = ["train.lr=1", "train.lr=2", "model.text={layers: 3}", "model.text.width=64"]
+    recipe = load_recipe("quickstart", overrides)
     assert (recipe.train.lr, recipe.model.text.layers, recipe.model.text.width) == (2, 3, 64)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["train.lr=1", "train.lr=2"], ["train.lr is given twice: train.lr=1 does not count, train.lr=2 does"]),
+        (["train.lr=1", "train.steps=9", "train.lr=1"], []),
+        (["model.text={layers: 3}", "model.text.width=64"], []),
+        (
+            ["model.text.width=64", "model.text={layers: 3}", "model.text.width=64"],
+            ["model.text.width is given twice: model.text.width=64 does not count, model.text={layers: 3} does"],
+        ),
+    ],
+)
+def test_an_override_that_does_not_count_is_said(overrides: list[str], said: list[str]) -> None:
+    assert list(repeated(overrides)) == said
 
 
 def test_objectives_are_a_list_of_name_and_weight() -> None:
@@ -193,20 +214,37 @@ def test_an_unknown_key_like_nothing_gets_no_false_advice() -> None:
         ("train.precision=fp8", ["train.precision is 'fp8'", "'fp32' or 'bf16'"]),
         ("layout.zero=4", ["layout.zero is 4", "0, 1, 2 or 3"]),
         ("data.flip=perhaps", ["data.flip is 'perhaps'", "boolean"]),
-        ("data.train=null", ["data.train is None", "string"]),
-        ("data=null", ["data is None", "it is a section"]),
+        ("data.train=null", ["data.train is null", "string"]),
+        ("data=null", ["data is null", "it is a section"]),
         ("train=7", ["train is 7", "it is a section"]),
         ("model.text.vocab_size={a: 1}", ["model.text.vocab_size is a section", "integer"]),
-        ("objectives=contrastive", ["objectives is 'contrastive'", "tuple"]),
+        ("objectives=contrastive", ["objectives is 'contrastive'", "must be a list"]),
         ("objectives=[]", ["objectives is []", "at least 1 item"]),
         ("objectives=[{name: clip}]", ["objectives.0.name is 'clip'", "'contrastive', 'sigmoid' or 'caption'"]),
         ("objectives=[{weight: 1}]", ["'objectives.0.name' has no value and no default"]),
         ("data.crop_scale=[0.9, 0.5]", ["crop_scale is [0.9, 0.5]", "0 < low <= high <= 1"]),
         ("data.crop_scale=[0, 1]", ["crop_scale is [0.0, 1.0]"]),
-        ("model.vision.heads=3", ["model.vision", "width 128 does not divide into 3 heads"]),
+        ("model.vision.heads=3", ["model.vision.width 128 does not divide into 3 heads"]),
         ("model.vision.patch=7", ["model.vision", "image_size 64 is not a multiple of patch 7"]),
         ("model.vision={width: 6, heads: 2}", ["model.vision", "multiple of 4, not 6"]),
         ("train.warmup=900", ["train.warmup is 900", "train.steps is only 900"]),
+        ("train.min_lr=1", ["train.min_lr is 1.0", "above lr=0.0007"]),
+        ("train.lr=1e38", ["train.lr is 1e+38", "fp32"]),
+        ("train={lr: 1.0e+30, weight_decay: 1.0e+30}", ["train.lr is 1e+30", "fp32"]),
+        ("train.spike=0.5", ["train.spike is 0.5", "more than 1"]),
+        ("train.spike=1", ["train.spike is 1.0", "more than 1"]),
+        ("train.stop_at=901", ["train.stop_at is 901", "steps=900"]),
+        ("train.global_batch=1", ["train.global_batch is 1", "contrastive"]),
+        ("objectives=[{name: contrastive, weight: 0}]", ["objectives.0.weight is 0", "greater than 0"]),
+        ("objectives=[{name: contrastive, weight: -1}]", ["objectives.0.weight is -1", "greater than 0"]),
+        ("model.vision.mlp_ratio=0.001", ["model.vision.mlp_ratio 0.001", "0.007812 or more"]),
+        ("model.logit_scale_init=500", ["model.logit_scale_init is 500.0", "logit_scale_max=100.0"]),
+        ("model={kind: captioner, text: {width: 30, heads: 2}}", ["objective 'contrastive' does not go with"]),
+        ("data.schedule=[{step: 900, weights: [1]}]", ["data.schedule", "step 900", "train.steps is 900"]),
+        ("run.dir=2024", ["run.dir is 2024", "path", "quotes"]),
+        ("run.dir=[a]", ["run.dir is ['a']", "path"]),
+        ("train.freeze=vision.", ["train.freeze is 'vision.'", "must be a list, such as [vision.]"]),
+        ("data.crop_scale=[1]", ["data.crop_scale"]),
     ],
 )
 def test_a_wrong_value_is_refused_with_key_value_and_what_is_allowed(override: str, words: list[str]) -> None:
@@ -231,6 +269,8 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
         ("objectives.0.name=sigmoid", ["'objectives'"]),
         ("data.crop_scale=[1", ["'data.crop_scale=[1'", "not YAML"]),
         ("train.steps={", ["'train.steps={'", "not YAML"]),
+        ("train={lr: 1, lr: 2}", ["'train={lr: 1, lr: 2}'", "'lr' is given twice"]),
+        ("train.steps=" + "[" * 3000, ["nested too deeply"]),
     ],
 )
 def test_a_bad_override_is_quoted(override: str, words: list[str], tmp_path: Path) -> None:
@@ -246,9 +286,9 @@ def test_a_bad_override_is_quoted(override: str, words: list[str], tmp_path: Pat
     [
         (b"train: [", ["not YAML"]),
         (b"\xff\xfe\x00", ["not YAML"]),
-        (b"", ["NoneType", "tree of keys"]),
-        (b"- a\n- b\n", ["list", "tree of keys"]),
-        (b"just words", ["str", "tree of keys"]),
+        (b"", ["holds nothing", "tree of keys"]),
+        (b"- a\n- b\n", ["holds a list", "tree of keys"]),
+        (b"just words", ["a single value", "tree of keys"]),
         (b"train: {steps: 5, warmup: 1}", ["'data' has no value and no default"]),
         (b"data: {}", ["'data.train' has no value and no default"]),
         (b"data: {train: x}\n1: 2\n", ["1"]),
@@ -269,6 +309,142 @@ def test_a_recipe_that_does_not_exist_is_told_from_a_name_that_is_none(tmp_path:
     missing = tmp_path / "mine.yaml"
     assert refusal(recipe=str(missing)) == f"recipe {str(missing)!r} does not exist"
     assert refusal(recipe="mine.yml") == "recipe 'mine.yml' does not exist"
+
+
+# --- keys once, numbers as they are written
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("data: {train: x}\ntrain:\n  lr: 1\nmodel: {}\ntrain: {lr: 5e-4}\n", "'train' is given twice (lines 2 and 5)"),
+        ("data:\n  train: x\n  flip: true\n  train: y\n", "'train' is given twice (lines 2 and 4)"),
+        ("data: {train: x, train: x}\n", "'train' is given twice"),
+        (
+            "data: {train: x}\nobjectives:\n- name: sigmoid\n  name: contrastive\n",
+            "'name' is given twice (lines 3 and 4)",
+        ),
+        ("data: &d {train: x}\ntrain: {<<: *d, <<: *d}\n", "'<<' is given twice"),
+        ("data: {train: x}\ntrain:\n  lr: 1\n  'lr': 1\n", "'lr' is given twice (lines 3 and 4)"),
+    ],
+)
+def test_a_key_that_is_given_twice_is_refused_with_both_lines(tmp_path: Path, content: str, words: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(content)
+    sentence = refusal(recipe=str(path))
+    assert sentence.startswith(f"{path}: ")
+    assert words in sentence
+
+
+def test_what_a_merge_key_brings_may_be_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "data: {train: x}\nmodel:\n  vision: &tower {width: 64, layers: 2}\n"
+        "  text: &text\n    <<: *tower\n    width: 32\n    context: 8\ntrain: {steps: 200}\n"
+    )
+    model = load_recipe(str(path)).model
+    assert (model.vision.width, model.text.width, model.text.layers) == (64, 32, 2)
+    chain = "a: &a {x: 1}\nb: &b {<<: *a, x: 2}\nc: {<<: *b, x: 3}\n"
+    assert parse(chain, "")["c"] == {"x": 3}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("010", 10),
+        ("08", 8),
+        ("-010", -10),
+        ("0x1F", 31),
+        ("1_000", 1000),
+        ("1:30", "1:30"),
+        ("1:30.5", "1:30.5"),
+        ("2024-01-01", "2024-01-01"),
+        ("1.5e3", 1500.0),
+        (".5", 0.5),
+        ("yes", True),
+        ("~", None),
+    ],
+)
+def test_numbers_are_decimal_and_times_are_text(text: str, value: Any) -> None:
+    assert parse(text, "") == value
+    assert type(parse(text, "")) is type(value)
+
+
+# --- keys that change nothing
+
+CAPTIONER = ["model.kind=captioner", "objectives=[{name: caption}]"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ([*CAPTIONER, "model.vision.layers=2"], ["model.vision.layers is 2", "no image tower"]),
+        ([*CAPTIONER, "model.vision={width: 32, pool: class}"], ["model.vision.width", "model.vision.pool is 'class'"]),
+        ([*CAPTIONER, "model.text.causal=false"], ["model.text.causal is false", "always causal"]),
+        ([*CAPTIONER, "model.embed_dim=64"], ["model.embed_dim is 64"]),
+        ([*CAPTIONER, "model.logit_scale_init=3"], ["model.logit_scale_init is 3.0"]),
+        (["model.logit_bias_init=-3"], ["model.logit_bias_init is -3.0", "sigmoid"]),
+        (["objectives=[{name: sigmoid, label_smoothing: 0.1}]"], ["objectives.0.label_smoothing is 0.1"]),
+        (["data.weight=2"], ["data.weight is 2.0", "data.also is empty"]),
+        (["data.schedule=[{step: 3, weights: [1]}]"], ["data.schedule is a list", "data.also is empty"]),
+        (["data.window=4"], ["data.window is 4", "data.block"]),
+        (["data.cache=x"], ["data.cache is 'x'", "URL"]),
+        (["data.cache_gib=0"], ["data.cache_gib is 0.0", "URL"]),
+        (["data.most_workers=4"], ["data.most_workers is 4", "data.loader=ray"]),
+        (["data.ahead_gib=2"], ["data.ahead_gib is 2.0", "data.loader=ray"]),
+        (["data.ray=auto"], ["data.ray is 'auto'", "data.loader=ray"]),
+        (["layout.memory_gib=4"], ["layout.memory_gib is 4.0", "layout.auto"]),
+        (["layout={auto: true, tp: 2}"], ["layout.tp is 2", "layout.auto=true"]),
+        (["data.test=null", "eval.every=7"], ["eval.every is 7", "data.test"]),
+    ],
+)
+def test_a_key_that_changes_nothing_is_refused(overrides: list[str], words: list[str]) -> None:
+    sentence = refusal(*overrides)
+    assert sentence.endswith("leave it out")
+    for word in words:
+        assert word in sentence, sentence
+
+
+def test_a_default_may_be_said_and_what_overrides_made_idle_has_its_default(tmp_path: Path) -> None:
+    recipe = load_recipe("quickstart", [*CAPTIONER, "model.vision.layers=4", "model.embed_dim=128"])
+    assert recipe.model.vision.mlp_ratio == 4.0, "quickstart's own 2 is of no use to a captioner"
+    path = tmp_path / "mine.yaml"
+    path.write_text("data: {train: x}\nmodel: {kind: captioner, vision: {layers: 2}}\nobjectives: [{name: caption}]\n")
+    assert "model.vision.layers is 2" in refusal(recipe=str(path)), "the file itself asks for it"
+    assert load_recipe("quickstart", ["data.test=null"]).eval.every == 500
+
+
+def test_what_was_saved_before_a_key_was_refused_is_still_read() -> None:
+    tree = load_recipe("quickstart").model_dump(mode="json")
+    tree["data"]["window"] = 4
+    assert recipe_of(tree, "a checkpoint").data.window == 4
+
+
+def test_the_table_of_keys_that_change_nothing_names_keys() -> None:
+    known = dict(keys_of(Recipe))
+    for rule in RULES:
+        for key in (*(f"{rule.section}.{each}" for each in rule.keys), *rule.by):
+            assert key in known
+
+
+def test_captioners_need_widths_for_their_positions() -> None:
+    text = "model.text={width: 30, heads: 2}"
+    assert "model.text.width is 30" in refusal(*CAPTIONER, text)
+    load_recipe("quickstart", [*CAPTIONER, text, "model.vision.positions=learned"])
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    keys = ["run.dir=~/r", "data.train=~/s", "data.test=~/t", "data.also=[{data: ~/u}]", "data.tokenizer=~/t.json"]
+    recipe = load_recipe("quickstart", keys)
+    assert (str(recipe.run.dir), recipe.data.train, recipe.data.test) == ("/home/me/r", "/home/me/s", "/home/me/t")
+    assert (recipe.data.also[0].data, str(recipe.data.tokenizer)) == ("/home/me/u", "/home/me/t.json")
+    assert _expanded(["eval", "~/r", "--data=~/s", "run.dir=~/x"]) == [
+        "eval",
+        "/home/me/r",
+        "--data=/home/me/s",
+        "run.dir=~/x",
+    ]
 
 
 # --- there and back

@@ -25,18 +25,17 @@ from pretrain.config import load_recipe
 
 STEPS, BATCH = 3, 16
 MODEL = [
-    "model.vision={layers: 4, width: 32, heads: 4, image_size: 32, patch: 8}",
     "model.text={layers: 4, width: 48, heads: 4, vocab_size: 300, context: 16}",
-    "model.embed_dim=24",
     f"train.global_batch={BATCH}",
     "train.eps=1e-4",  # a tiny eps makes large steps of the rounding of gradients that are zero
     "data.train=none",
 ]
+TOWERS = ["model.vision={layers: 4, width: 32, heads: 4, image_size: 32, patch: 8}", "model.embed_dim=24"]
 FAMILIES = {
-    "dual": [],
-    "captioner": ["model.kind=captioner", "objectives=[{name: caption}]"],
-    "bf16": ["train.precision=bf16"],
-    "frozen": ["train.freeze=[vision.]"],
+    "dual": TOWERS,
+    "captioner": ["model.kind=captioner", "objectives=[{name: caption}]", "model.vision={image_size: 32, patch: 8}"],
+    "bf16": [*TOWERS, "train.precision=bf16"],
+    "frozen": [*TOWERS, "train.freeze=[vision.]"],
 }
 
 
