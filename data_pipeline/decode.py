@@ -23,7 +23,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from data_pipeline.errors import DataError
 from data_pipeline.exif import ORIENTATION, UPRIGHT, jpeg_orientation
@@ -122,6 +122,8 @@ def _decode_with_pillow(data: bytes, kind: str, max_pixels: float) -> np.ndarray
             return _upright(np.array(_as_rgb(image, data)), _orientation(image))
     except DataError:
         raise
+    except UnidentifiedImageError as error:  # whose own text names an object in memory
+        raise DataError(f"damaged {kind}: its header cannot be read") from error
     except Image.DecompressionBombError as error:  # Pillow's own limit, which it checks before we see the size
         raise DataError(f"refused before decoding, as a decompression bomb would be: {error}") from error
     except Exception as error:  # hostile bytes raise nearly anything in Pillow: struct, zlib, Syntax, Index, ...

@@ -293,6 +293,13 @@ def test_it_says_what_is_odd_about_such_a_file() -> None:
     assert decode_and_remark(encoded(picture(), "JPEG"))[1] == ""
 
 
+@pytest.mark.parametrize("data", [b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF\0\0\0\0WEBP", b"\xff\xd8" + bytes(99)])
+def test_a_reason_names_no_place_in_memory(data: bytes) -> None:
+    """It would be another one each time, where reasons are counted and compared."""
+    with pytest.raises(DataError, match=r"^damaged (JPEG|PNG|WEBP): [^<]*$"):
+        decode_image(data)
+
+
 def test_lost_pixels_stay_an_error() -> None:
     whole = encoded(picture(200, 150), "JPEG")
     for data in (whole[:-2], whole[:-30], whole[: len(whole) // 2], whole[:700] + bytes(300) + whole[1000:]):

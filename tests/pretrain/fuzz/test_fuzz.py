@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -83,22 +84,27 @@ def test_no_damage_is_more_than_a_sentence(base: Path, request: pytest.FixtureRe
     count, first = option("--damages", 0) or IN_CI, option("--first-damage", 0)
     workers = [Worker(base) for _ in range(option("--fuzz-workers", 1))]
 
+    stopped = Event()
+
     def some(number: int) -> list[dict[str, Any]]:
-        results = []
+        results: list[dict[str, Any]] = []
         for seed in range(first + number, first + count, len(workers)):
+            if stopped.is_set():
+                break
             results.append(workers[number](seed))
-            if len(results) % 100 == 0:
+            if len(results) % 25 == 0:
                 print(f"worker {number}: {len(results)} damages, the last {seed}", flush=True)
             for fault in results[-1]["faults"]:
                 print(f"damage {seed} ({results[-1]['target']}, {results[-1].get('how')}): {fault}", flush=True)
         return results
 
-    try:
-        with ThreadPoolExecutor(len(workers)) as pool:
+    with ThreadPoolExecutor(len(workers)) as pool:
+        try:
             results = [each for part in pool.map(some, range(len(workers))) for each in part]
-    finally:
-        for worker in workers:
-            worker.close()
+        finally:  # after Ctrl-C, too: without their processes the threads end
+            stopped.set()
+            for worker in workers:
+                worker.close()
     trained = Counter((each["target"], each["codes"].get("train")) for each in results)
     print(
         f"{count} damages:",
