@@ -1,6 +1,6 @@
 """Parquet with the pictures inside, read as it lies: a row is a sample, a file is a shard.
 
-    open_dataset("photos")  open_dataset("photos/train-*.parquet")  open_dataset("photos/train.parquet")
+    open_dataset("photos")  open_dataset("photos/train-*.parquet")  open_dataset("s3://bucket/photos/train.parquet")
 
 A column of image bytes (binary, or the struct {bytes, path} of Hugging Face data sets) becomes the field "jpg", "png"
 or "webp" by what the bytes are, one of sound likewise "flac", "wav" or "ogg", one of captions (text, or a list of
@@ -21,7 +21,7 @@ Design choices:
 - What is damaged inside a group is found by the checksums of pages, where the writer made them, by decompressing, or by
   decoding the picture. Its rows are damaged samples, which the loader replaces and names.
 - Everything is read in the calling thread: nothing of Arrow's threads is there for a forked worker to miss.
-- Files of this machine only. Ranges of a URL would need the patience of remote.py below Arrow.
+- At a URL the same, by ranges through the cache and with the patience of remote.py.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import os
 import re
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Sequence
 from contextlib import ExitStack, closing, suppress
 from fnmatch import fnmatchcase
 from itertools import accumulate
@@ -41,9 +42,11 @@ from typing import Any
 from data_pipeline.errors import DamagedSampleError, DataError, first_line
 from data_pipeline.index import INDEX_FILE, Index, ShardEntry, shard_files
 from data_pipeline.parquet_columns import Columns, check_columns, class_names, find_columns, is_json
-from data_pipeline.remote import is_url
+from data_pipeline.remote import Cache, RemoteFiles, is_url
+from data_pipeline.remote_file import RemotePath, find_remote
 from data_pipeline.sample import Sample
 
+AnyPath = Path | RemotePath
 EXTENSIONS = (".parquet", ".pq")
 HELD_BYTES = 1 << 30  # of row groups in memory, in each process
 HELD_GROUPS = 1024
@@ -59,21 +62,30 @@ def is_parquet(path: Path) -> bool:
     return bool(_files_in(path)) and not shard_files(path) and not (path / INDEX_FILE).is_file()
 
 
-def open_parquet(path: str | Path) -> tuple[ParquetFiles, Index]:
-    """The Parquet files that `path` means (a folder, a file, or a pattern of file names) and what is in them.
+def open_parquet(path: str | Path, cache: Cache) -> tuple[ParquetFiles, Index]:
+    """The Parquet files that `path` means (a folder, a file, or a pattern of names; a URL of these) and what they hold.
 
     Raises FileNotFoundError when there is none, ValueError when pyarrow is not installed, a folder holds several splits
-    or files whose rows have equal keys, or it is a URL, DataError when a file is damaged, lacks columns or has them of
+    or files whose rows have equal keys, DataError when a file is damaged, lacks columns or has them of
     a wrong type, or there is no row.
     """
     if is_url(path):
-        raise ValueError(
-            f"{path} cannot be read: Parquet is read from this machine only; copy it here, or import it into tars "
-            "(`weft data import table`), which are read from a URL"
-        )
+        return _open_paths(str(path), _refuse_equal_keys(find_remote(str(path), cache, EXTENSIONS)))
     path = Path(path)
-    paths = _paths(path)
-    load_pyarrow(path)
+    return _open_paths(path, _paths(path))
+
+
+def is_parquet_at(url: str, cache: Cache) -> bool:
+    """Whether there is Parquet at a URL: by its name, or a folder of such files with neither tars nor an index."""
+    return url.lower().endswith(EXTENSIONS) or bool(find_remote(url, cache, EXTENSIONS))
+
+
+def _open_paths(given: str | Path, paths: Sequence[AnyPath]) -> tuple[ParquetFiles, Index]:
+    """The files and what is in them; `given`: as the user wrote it."""
+    if not paths:
+        raise FileNotFoundError(f"no data set at {given}: there is no such Parquet file")
+    _refuse_several_splits(given, paths)
+    load_pyarrow(given)
     entries, first, columns = [], None, Columns(None, None, None)
     for each in paths:
         with closing(_File(each)) as file:
@@ -86,14 +98,16 @@ def open_parquet(path: str | Path) -> tuple[ParquetFiles, Index]:
         entries.append(ShardEntry(each.name, file.rows, file.bytes, file.checksum, held))
     index = Index(tuple(entries))
     if index.samples == 0:
-        raise DataError(f"there is no row in the {len(entries)} Parquet files of {path}")
-    return ParquetFiles(path, paths[0].absolute().parent, columns), index
+        raise DataError(f"there is no row in the {len(entries)} Parquet files of {given}")
+    first_path = paths[0]
+    base = first_path.absolute().parent if isinstance(first_path, Path) else first_path.files
+    return ParquetFiles(given, base, columns), index
 
 
 class ParquetFiles:
     """The Parquet files of one data set. Picklable; safe to use in forked processes."""
 
-    def __init__(self, folder: Path, base: Path, columns: Columns) -> None:
+    def __init__(self, folder: str | Path, base: Path | RemoteFiles, columns: Columns) -> None:
         self.folder = folder  # as it was given
         self.base = base  # where the files lie
         self.columns = columns
@@ -115,7 +129,7 @@ class ParquetFiles:
         group, inside = file.locate(row)
         where, key = f"{file.path}, row group {group}, row {row}", self.key(entry, row)
         try:
-            table = self._group(file, group)
+            table = self._group_at_last(file, group)
             values = {name: table.column(name)[inside].as_py() for name in table.column_names}
         except (file.arrow.ArrowException, OSError, UnicodeDecodeError) as error:
             self._open.pop(entry.file).close()
@@ -165,7 +179,7 @@ class ParquetFiles:
         if entry.file in self._open:
             self._open.move_to_end(entry.file)
             return self._open[entry.file]
-        file = _File(self.base / entry.file)
+        file = _File(self._path(entry.file))
         if (file.bytes, file.checksum) != (entry.bytes, entry.checksum):
             file.close()
             raise DataError(
@@ -177,6 +191,19 @@ class ParquetFiles:
             self._open.popitem(last=False)[1].close()
         self._open[entry.file] = file
         return file
+
+    def _path(self, file: str) -> AnyPath:
+        return self.base / file if isinstance(self.base, Path) else RemotePath(self.base, file)
+
+    def _group_at_last(self, file: _File, group: int) -> Any:
+        """The same as `_group`, tried again at a URL: the bytes may have been damaged on their way here."""
+        try:
+            return self._group(file, group)
+        except (file.arrow.ArrowException, OSError):
+            if not isinstance(file.path, RemotePath):
+                raise
+            file.path.forget()
+            return self._group(file, group)
 
     def _group(self, file: _File, group: int) -> Any:
         """The wanted columns of a row group; it is kept, and those used longest ago are dropped above the bounds."""
@@ -201,14 +228,16 @@ class ParquetFiles:
 class _File:
     """One Parquet file, open. DataError when it is missing, damaged or no Parquet file."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: AnyPath) -> None:
         self.path = path
         self.arrow, parquet = load_pyarrow(path)
         self._columns: list[str] = []
         with ExitStack() as unless_whole:
             try:
                 self.bytes, self.checksum = _size_and_checksum(path)
-                self._source = unless_whole.enter_context(self.arrow.OSFile(str(path)))
+                here = isinstance(path, Path)
+                opened = self.arrow.OSFile(str(path)) if here else self.arrow.PythonFile(path.open(), mode="r")
+                self._source = unless_whole.enter_context(opened)
                 # by Arrow's defaults, threads would fetch columns in advance
                 self._reader = parquet.ParquetFile(self._source, pre_buffer=False, page_checksum_verification=True)
                 self.schema = self._reader.schema_arrow
@@ -254,23 +283,23 @@ class _File:
 # --- which files
 
 
-def _paths(path: Path) -> list[Path]:
-    """The files that `path` means, in order of name.
-
-    FileNotFoundError when there is none, ValueError for several splits in a folder, or two files of one key.
-    """
+def _paths(path: Path) -> Sequence[AnyPath]:
+    """The files that `path` means, in order of name. ValueError for two files of one key."""
+    paths: list[Path]
     if path.is_dir():
         paths = _files_in(path)
-        _refuse_several_splits(path, paths)
     elif path.is_file():  # whatever its name has in it
         paths = [path]
     elif any(letter in path.name for letter in "*?["):
         paths = sorted(each for each in path.parent.glob(path.name) if each.suffix.lower() in EXTENSIONS)
     else:
         paths = []
-    if not paths:
-        raise FileNotFoundError(f"no data set at {path}: there is no such Parquet file")
-    by_stem: dict[str, Path] = {}
+    return _refuse_equal_keys(paths)
+
+
+def _refuse_equal_keys(paths: Sequence[AnyPath]) -> Sequence[AnyPath]:
+    """The same paths; ValueError when two of them differ in their extension only."""
+    by_stem: dict[str, AnyPath] = {}
     for each in paths:
         other = by_stem.setdefault(each.stem, each)
         if other is not each:
@@ -281,9 +310,11 @@ def _paths(path: Path) -> list[Path]:
     return paths
 
 
-def _refuse_several_splits(folder: Path, paths: list[Path]) -> None:
+def _refuse_several_splits(folder: str | Path, paths: Sequence[AnyPath]) -> None:
     """ValueError, with a pattern for one of them, when the names of files tell of more than one split."""
-    splits: dict[str, list[Path]] = {}
+    if not _is_folder(folder):
+        return
+    splits: dict[str, list[AnyPath]] = {}
     for each in paths:
         words = OF_A_SPLIT.findall(each.stem)
         if words:
@@ -301,14 +332,20 @@ def _refuse_several_splits(folder: Path, paths: list[Path]) -> None:
             break
     else:  # none of them picks the files of one split only
         pattern = splits[next(iter(patterns))][0].name
-    raise ValueError(f"{folder} holds files of several splits ({', '.join(splits)}): give one, as {folder / pattern}")
+    given = str(folder).rstrip("/")
+    raise ValueError(f"{folder} holds files of several splits ({', '.join(splits)}): give one, as {given}/{pattern}")
+
+
+def _is_folder(given: str | Path) -> bool:
+    """Whether what was given is a folder, and not a file or a pattern."""
+    return given.is_dir() if isinstance(given, Path) else not given.lower().endswith(EXTENSIONS)
 
 
 def _files_in(folder: Path) -> list[Path]:
     return sorted(each for each in folder.iterdir() if each.suffix.lower() in EXTENSIONS and each.name[0] not in "._")
 
 
-def _size_and_checksum(path: Path) -> tuple[int, str]:
+def _size_and_checksum(path: AnyPath) -> tuple[int, str]:
     """(bytes of the file, "sha256:<hex>" of its footer); DataError when it does not end as Parquet does."""
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
@@ -361,7 +398,7 @@ def _json(tree: dict[str, Any]) -> bytes:
     return text.encode("utf-8", "backslashreplace")  # half a character stays the escape that it was
 
 
-def load_pyarrow(path: Path) -> tuple[Any, Any]:
+def load_pyarrow(path: object) -> tuple[Any, Any]:
     """pyarrow and its module for Parquet; ValueError that says how to get them, for reading `path`."""
     try:
         import pyarrow

@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_pipeline.errors import DataError
@@ -32,7 +31,7 @@ class Columns(NamedTuple):
     caption: str | None
 
 
-def find_columns(path: Path, schema: Any) -> Columns:
+def find_columns(path: Any, schema: Any) -> Columns:
     """The columns of pictures, sound and captions; DataError that lists the columns when some are not to be found."""
     media = [field.name for field in schema if _is_media(field.type)]
     texts = [field.name for field in schema if _is_text(field.type)]
@@ -48,7 +47,7 @@ def find_columns(path: Path, schema: Any) -> Columns:
     return Columns(image, sound, caption)
 
 
-def check_columns(path: Path, schema: Any, columns: Columns, first: Path, first_schema: Any) -> None:
+def check_columns(path: Any, schema: Any, columns: Columns, first: Any, first_schema: Any) -> None:
     """DataError unless a file has the columns that were found in the first one, of types that fit."""
     for column, fits in zip(columns, (_is_media, _is_media, _is_text), strict=True):
         if column is None:
@@ -63,7 +62,7 @@ def check_columns(path: Path, schema: Any, columns: Columns, first: Path, first_
             raise DataError(f"the column {column!r} of {path} holds {kind}, that of {first.name} {theirs}")
 
 
-def _no_column(path: Path, schema: Any, wanted: str, usual: tuple[str, ...]) -> DataError:
+def _no_column(path: Any, schema: Any, wanted: str, usual: tuple[str, ...]) -> DataError:
     there = ", ".join(f"{field.name!r} ({field.type})" for field in schema) or "none"
     named = [name for name in schema.names if name.lower() in usual]
     near = {name: difflib.get_close_matches(name.lower(), usual, 1) for name in schema.names}

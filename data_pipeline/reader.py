@@ -24,7 +24,7 @@ from data_pipeline.errors import DamagedSampleError, DataError
 from data_pipeline.files import LocalFiles
 from data_pipeline.index import Index, ShardTable, load_index
 from data_pipeline.order import ReadingOrder
-from data_pipeline.parquet import ParquetFiles, is_parquet, open_parquet
+from data_pipeline.parquet import ParquetFiles, is_parquet, is_parquet_at, open_parquet
 from data_pipeline.read_only import may_write, open_read_only
 from data_pipeline.remote import Cache, RemoteFiles, is_url, open_remote
 from data_pipeline.sample import Sample
@@ -38,11 +38,13 @@ def open_dataset(path: str | Path, cache: Cache = CACHE) -> Dataset:
     Raises FileNotFoundError when there is no folder or no tar in it, DataError when index and shards disagree; for
     Parquet as parquet.open_parquet does.
     """
+    if is_url(path):
+        if is_parquet_at(str(path), cache):
+            return Dataset(*open_parquet(path, cache))
+        return Dataset(*open_remote(str(path), cache))
     folder = Path(path)
     if is_parquet(folder):
-        return Dataset(*open_parquet(path))
-    if is_url(path):
-        return Dataset(*open_remote(str(path), cache))
+        return Dataset(*open_parquet(path, cache))
     if not may_write(folder):
         return Dataset(*open_read_only(folder, cache.folder))
     return Dataset(folder, load_index(folder))

@@ -8,6 +8,7 @@ import os
 import pickle
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 import soundfile
 import torch
 from private_network import in_private_network
+from servers import WebServer
 from tars import picture, tar_of
 
 from data_pipeline.batch import Batch, BatchMaker
@@ -28,6 +30,7 @@ from data_pipeline.loader import Loader
 from data_pipeline.mixture import Mixture, Phase
 from data_pipeline.order import Order, ReadingOrder
 from data_pipeline.reader import Dataset, open_dataset, read_order
+from data_pipeline.remote import Cache
 from data_pipeline.sample import Sample
 from data_pipeline.shards import write_shards
 from data_pipeline.sound import AudioTransform
@@ -621,10 +624,61 @@ def test_no_row_and_empty_files(tmp_path: Path) -> None:
     assert (len(dataset), dataset.key(0)) == (1, "b/0")
 
 
-def test_a_url_is_refused() -> None:
-    for url in ("s3://bucket/set/a.parquet", "https://example.org/train-*.parquet"):
-        with pytest.raises(ValueError, match=rf"{url[:12]}.* cannot be read: Parquet is read from this machine only"):
-            open_dataset(url)
+# --- at a URL
+
+
+@pytest.fixture
+def web(written: dict[str, Path]) -> Iterator[WebServer]:
+    server = WebServer(written["struct"])
+    yield server
+    server.stop()
+
+
+@pytest.mark.parametrize("form", ["", "/", "/train-*.parquet", "/train-00000-of-00003.parquet"])
+@pytest.mark.parametrize("scheme", ["http", "file"])
+def test_at_a_url_it_is_the_same(
+    web: WebServer, written: dict[str, Path], tmp_path: Path, scheme: str, form: str
+) -> None:
+    cache = Cache(tmp_path / "cache")
+    at = web.url if scheme == "http" else f"file://{written['struct']}"
+    local, remote = open_dataset(f"{written['struct']}{form}"), open_dataset(f"{at}{form}", cache)
+    assert remote.fingerprint == local.fingerprint
+    assert len(remote) == (SAMPLES if "00000" not in form else PER_FILE)
+    again = pickle.loads(pickle.dumps(remote))
+    for number in range(len(local)):
+        assert local.read(number) == again.read(number)
+    assert remote.folder == f"{at}{form}"
+    if scheme == "http":
+        assert all("bytes=" in each for each in web.asked if each.startswith("GET") and "parquet" in each)
+        before = len(web.asked)
+        assert [again.read(number).key for number in range(3)] == [local.key(number) for number in range(3)]
+        assert len(web.asked) == before, "what is in the cache is not asked for"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_at_a_url_reads_the_same_batches(
+    web: WebServer, written: dict[str, Path], tmp_path: Path, workers: int
+) -> None:
+    local, remote = open_dataset(written["struct"]), open_dataset(web.url, Cache(tmp_path))
+    found = batches(remote, Order(SAMPLES, SEED), workers=workers)
+    for mine, other in zip(chain(*found), chain(*batches(local, Order(SAMPLES, SEED))), strict=True):
+        for name, tensor in mine.tensors().items():
+            assert torch.equal(tensor, getattr(other, name)), name
+
+
+def test_bytes_damaged_on_their_way_are_fetched_again(web: WebServer, tmp_path: Path) -> None:
+    dataset = open_dataset(web.url, Cache(tmp_path))
+    for path in tmp_path.glob("*/pieces/*"):
+        data = bytearray(path.read_bytes())
+        data[900] ^= 255  # of the first row group
+        path.write_bytes(data)
+    assert dataset.read(0).key == dataset.key(0)
+
+
+def test_what_is_not_at_a_url_is_one_sentence(web: WebServer, tmp_path: Path) -> None:
+    for missing in ("none.parquet", "none-*.parquet"):
+        with pytest.raises((FileNotFoundError, DataError), match=r"none.*\.parquet.*there is no such"):
+            open_dataset(f"{web.url}/{missing}", Cache(tmp_path))
 
 
 def test_without_pyarrow(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
