@@ -3,41 +3,42 @@
 The way of a batch: step -> this rank's positions -> sample ids (order) -> rows (batch).
 
 Design choices:
-- A batch is a pure function of its positions. Workers are torch's DataLoader over the map "step -> batch": they hold no
-  state, a run resumes at any step, and any number of ranks and workers reads the same global batches.
-- A worker's images lie in memory that it shares with the trainer (slots.py) and only the number of the slot travels;
-  the rest is small and travels as it is.
+- A batch is a pure function of its positions. Workers evaluate the map "step -> batch": they hold no state, a run
+  resumes at any step, and any number of ranks and workers reads the same global batches. So one that dies or hangs is
+  replaced, and what it was making is made again: no batch is lost or comes twice (crew.py).
+- Nothing is forked from this process, which has threads (fork_server.py).
+- A worker's batches lie in memory that it shares with the trainer (slots.py); where what lies there is what travels.
 - Errors travel from the workers as values, so the user sees our sentence and no traceback of another process.
 """
 
 from __future__ import annotations
 
-import gc
-import multiprocessing
 import os
-import signal
+import queue
+import sys
 import threading
-import time
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from math import prod
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, get_worker_info
-from torch.utils.data import Dataset as TorchDataset
 
+from data_pipeline import crew
 from data_pipeline.batch import Batch, BatchMaker, Corrupt, Share, at_start
+from data_pipeline.crew import AHEAD, Crew, LostError, Patience
 from data_pipeline.errors import DataError
 from data_pipeline.order import Order, ReadingOrder
-from data_pipeline.slots import Slots
+from data_pipeline.sample import Sample
+from data_pipeline.slots import Slot, Slots, mapped
 
-PREFETCH = 2  # batches a worker keeps ready
-HELD = 3  # batches the consumer may hold, before more are sent by copy: the last, the one in hand, and one in advance
-SEES_SENDER = hasattr(signal, "sigtimedwait")  # not on macOS
-WATCH_SECONDS = 1.0  # how often a worker looks whether the trainer is still there
+PREFETCH = AHEAD  # batches a worker keeps ready
+HELD = 3  # batches the consumer may hold, before more get new memory: the last, the one in hand, and one in advance
+ALIGN = 64  # bytes at which a tensor in a slot begins
+SMALL = 1 << 20  # bytes of a tensor that is copied out of its slot, so that who keeps it does not keep the slot
+PATIENCE = Patience()
+KEPT = ("image", "audio")  # those that are never copied
 
 
 class Loader:
@@ -89,125 +90,195 @@ def sequential_batches(
 
 
 @dataclass(frozen=True)
-class _Batches(TorchDataset):
-    """What DataLoader's workers evaluate: (step, slot) -> batch, its images in the slot if there is one."""
-
-    share: Share
-    slots: Slots | None
-
-    def __getitem__(self, request: tuple[int, int | None]) -> Batch | _Parcel | DataError | OSError:
-        step, slot = request
-        try:
-            batch = self.share.batch(step, None if self.slots is None or slot is None else self.slots.tensor(slot))
-        except (DataError, OSError) as error:
-            return error.with_traceback(None)
-        return batch if get_worker_info() is None else _Parcel.pack(batch, self.slots, slot)
-
-
-@dataclass
 class _Parcel:
-    """A batch on its way from a worker: its images in a slot, or sent as a tensor where no slot was free."""
+    """Where the tensors of a batch lie in its slot: the images first, and then the others, each (type, shape, byte)."""
 
-    slots: Slots | None
-    slot: int | None
-    shape: tuple[int, ...]  # of the images as they lie in the slot
-    image: torch.Tensor | None
-    others: dict[str, np.ndarray]  # the other tensors of the batch, by name
+    image: tuple[int, ...]  # [b, H, W, 3]
+    others: dict[str, tuple[str, tuple[int, ...], int]]
     corrupt: list[Corrupt]
 
     @classmethod
-    def pack(cls, batch: Batch, slots: Slots | None, slot: int | None) -> _Parcel:
-        """In the worker."""
-        others = {name: tensor.numpy() for name, tensor in batch.tensors().items() if name != "image"}
-        shape = tuple(batch.image.permute(0, 2, 3, 1).shape)
-        if slots is None or slot is None:
-            return cls(None, None, shape, batch.image, others, batch.corrupt)
-        return cls(slots, slot, shape, None, others, batch.corrupt)
+    def pack(cls, batch: Batch, memory: torch.Tensor) -> _Parcel:
+        """In the worker, whose images are in the slot already."""
+        image = tuple(batch.image.permute(0, 2, 3, 1).shape)
+        others, at = {}, prod(image)
+        for name, tensor in batch.tensors().items():
+            if name != "image":
+                array = tensor.numpy()
+                at = -(-at // ALIGN) * ALIGN
+                memory.numpy()[at : at + array.nbytes] = array.reshape(-1).view(np.uint8)
+                others[name] = array.dtype.str, array.shape, at
+                at += array.nbytes
+        return cls(image, others, batch.corrupt)
 
-    def open(self) -> Batch:
-        """In the trainer."""
-        image = self.image
-        if self.slots is not None and self.slot is not None:
-            image = at_start(self.slots.lend(self.slot), self.shape).permute(0, 3, 1, 2)
-        assert image is not None
-        others = {name: torch.from_numpy(array) for name, array in self.others.items()}
-        return Batch(image=image, corrupt=self.corrupt, **others)
+    def open(self, memory: torch.Tensor) -> Batch:
+        """In the trainer: images and sounds are views of the slot."""
+        tensors = {"image": at_start(memory, self.image).permute(0, 3, 1, 2)}
+        for name, (kind, shape, at) in self.others.items():
+            dtype = torch.from_numpy(np.empty(0, kind)).dtype
+            tensor = memory[at : at + prod(shape) * dtype.itemsize].view(dtype).view(shape)
+            tensors[name] = tensor if name in KEPT else tensor.clone()
+        return Batch(corrupt=self.corrupt, **tensors)
 
-    def pin_memory(self) -> Batch:
-        """The batch in page-locked memory; DataLoader's pinning calls this."""
-        return self.open().pin_memory()
+
+class _Maker:
+    """What workers run: (step, slot) -> the batch, in the slot. Errors about the data are values."""
+
+    def __init__(self, share: Share, size: int) -> None:
+        self._share, self._size = share, size
+        self._slots: torch.Tensor | None = None  # in a worker
+
+    def __call__(self, step: int, slot: int) -> _Parcel | DataError | OSError:
+        if self._slots is None:
+            torch.set_num_threads(1)
+            _mark_reads(self._share.maker)
+            self._slots = torch.from_numpy(mapped(crew.shared_fds[0], 0)).view(-1, self._size)
+        memory = torch.from_numpy(mapped(crew.job_fds[0], 0)) if slot < 0 else self._slots[slot]
+        try:
+            return _Parcel.pack(self._share.batch(step, memory), memory)
+        except (DataError, OSError) as error:
+            return error.with_traceback(None)
+
+
+def _mark_reads(maker: BatchMaker) -> None:
+    """Note each sample before it is read: should this process end, it is known at which."""
+    dataset = maker.dataset
+    read = dataset.read
+
+    def marked(sample: int) -> Sample:
+        crew.mark(sample)
+        return read(sample)
+
+    dataset.read = marked  # type: ignore[method-assign]  # of this one object, in a process of our own
+
+
+def _bytes_of_others(share: Share) -> int:
+    """What the tensors of a batch beside images and sounds take in a slot."""
+    maker, number = share.maker, 8
+    tokens = maker.text.context if maker.text else 0
+    if maker.question:
+        tokens += maker.question.context + maker.question.answer_context
+    return share.rows * number * (tokens + 4) + 16 * ALIGN
 
 
 def _iterate(share: Share, steps: range, workers: int, pin: bool) -> Iterator[Batch]:
     """The batches of `steps`, in order; the workers are gone when the iterator is."""
+    pin = pin and torch.accelerator.is_available()
     workers = min(workers, len(steps))
-    slots = None
-    if workers and share.maker.image and _worker_context() == "fork":  # only a forked worker has the same memory
-        slots = Slots(workers * PREFETCH + HELD, share.maker.image_shape(share.rows))
-    loader = DataLoader(
-        _Batches(share, slots),
-        batch_size=None,  # an item is a batch already
-        sampler=((step, slots.take() if slots else None) for step in steps),  # asked when a worker is given its task
-        collate_fn=_unchanged,
-        num_workers=workers,
-        prefetch_factor=PREFETCH if workers else None,
-        worker_init_fn=partial(_start_worker, os.getpid()) if workers else None,
-        multiprocessing_context=_worker_context() if workers else None,
-        pin_memory=pin,
-    )
-    with _no_garbage_to_inherit():
-        received = iter(loader)  # starts the workers
-    for batch in received:
-        if isinstance(batch, Exception):
-            raise batch
-        yield batch.open() if isinstance(batch, _Parcel) else batch
+    if not workers:
+        for step in steps:
+            batch = share.batch(step)
+            yield batch.pin_memory() if pin else batch
+        return
+    batches = _from_workers(share, steps, workers)
+    with closing(_pinned(batches) if pin else batches) as received:
+        yield from received
 
 
-@contextmanager
-def _no_garbage_to_inherit() -> Iterator[None]:
-    """What is forked here collects nothing that was there before.
+def _from_workers(share: Share, steps: range, workers: int) -> Generator[Batch, None, None]:
+    slots = Slots(workers * PREFETCH + HELD, share.image_bytes + _bytes_of_others(share))
+    at_work: dict[int, Slot] = {}
+    came: dict[int, _Parcel | Exception] = {}
 
-    Garbage of the trainer may have threads behind it, as process groups of an earlier run do: destroyed in a worker,
-    which has no such threads, it ends the worker with a segmentation fault. So it is
-    collected, and what is left is frozen: never looked at there.
-    """
-    gc.collect()
-    gc.freeze()
+    def let_go() -> None:
+        """Close what was not lent."""
+        slots.close()
+        for slot in at_work.values():
+            if slot.fd is not None:
+                os.close(slot.fd)
+
+    def ask() -> None:
+        """Give the workers what they may have in advance."""
+        while len(at_work) < workers * PREFETCH and (step := next(ahead, None)) is not None:
+            slot = at_work[step] = slots.take()
+            team.give(step, (step, slot.number), [] if slot.fd is None else [slot.fd])
+
+    ahead = iter(steps)
+    with ExitStack() as stack:
+        stack.callback(let_go)
+        maker = _Maker(share, slots.size)
+        team = stack.enter_context(
+            closing(Crew(maker, workers, shared=[slots.fd], patience=PATIENCE, told=_tell(share)))
+        )
+        for step in steps:
+            ask()
+            while step not in came:
+                try:
+                    came.update(team.wait())
+                except LostError as lost:
+                    raise _too_many(share, lost) from None
+            parcel = came.pop(step)
+            memory = slots.lend(at_work.pop(step))
+            if isinstance(parcel, Exception):
+                raise parcel
+            batch = parcel.open(memory)
+            del memory, parcel
+            ask()
+            yield batch
+            del batch
+
+
+def _pinned(batches: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
+    """The batches in page-locked memory, copied there by a thread while the trainer is at work."""
+    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(1)
+    over = threading.Event()
+    device = torch.accelerator.current_device_index()
+
+    def put(item: Batch | BaseException | None) -> None:
+        while not over.is_set():
+            try:
+                return ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def copy() -> None:
+        torch.accelerator.set_device_index(device)
+        try:
+            with closing(batches):
+                for batch in batches:
+                    put(batch.pin_memory())
+                    if over.is_set():
+                        return
+            put(None)
+        except BaseException as error:
+            put(error)
+
+    thread = threading.Thread(target=copy, name="pin", daemon=True)
+    thread.start()
     try:
-        yield
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
     finally:
-        gc.unfreeze()
+        over.set()
+        thread.join()
 
 
-def _unchanged(batch: Any) -> Any:
-    return batch
+def _tell(share: Share) -> Callable[[str, int], None]:
+    """Say on stderr that a worker was replaced."""
+
+    def tell(how: str, sample: int) -> None:
+        print(f"weft: a loader worker {how}{_while_reading(share, sample)}: another takes its place", file=sys.stderr)
+
+    return tell
 
 
-def _start_worker(trainer: int, worker: int) -> None:
-    """Leave Ctrl-C and SIGTERM, which reach every process of a terminal or a job, to the trainer's process.
-
-    It finishes its step, saves and ends its workers; were one of them gone before, DataLoader would raise instead.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if SEES_SENDER:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # only `_end_with` takes it, and sees who sent it
-    threading.Thread(target=_end_with, args=(trainer,), daemon=True).start()
+def _too_many(share: Share, lost: LostError) -> DataError:
+    if lost.job is None:
+        return DataError(f"{crew.ATTEMPTS} loader workers in a row did not start; the last {lost.how}")
+    return DataError(
+        f"{crew.ATTEMPTS} loader workers in a row ended at step {lost.job + 1}{_while_reading(share, lost.mark)}; the "
+        f"last {lost.how}: give fewer data.workers if memory is short, else look at that sample"
+    )
 
 
-def _end_with(trainer: int) -> None:
-    """End this worker when the trainer is gone, or sends SIGTERM itself.
-
-    DataLoader sees to the first only where a worker waits for work: one that has more to send than a pipe holds would
-    wait for a reader for ever, as every worker has inherited the reading end and so keeps the pipe open itself.
-    """
-    while os.getppid() == trainer:
-        if not SEES_SENDER:
-            time.sleep(WATCH_SECONDS)
-        elif (told := signal.sigtimedwait({signal.SIGTERM}, WATCH_SECONDS)) and told.si_pid == trainer:
-            break
-    os._exit(1)
-
-
-def _worker_context() -> str:
-    """Fork where it exists: a worker is there at once, and shares the tables of offsets that are loaded."""
-    return "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+def _while_reading(share: Share, sample: int) -> str:
+    """Words about the sample that a worker was at."""
+    dataset = share.maker.dataset
+    if not 0 <= sample < len(dataset):
+        return ""
+    name = str(sample)
+    with suppress(DataError, OSError):
+        name = repr(dataset.key(sample))
+    return f" while reading sample {name} in {dataset.shard_file(sample)} of {dataset.folder}"

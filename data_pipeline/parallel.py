@@ -6,34 +6,33 @@
 
 Design choices:
 - The function goes to each worker once, and stays there with all it has opened; a job is a small tuple of arguments.
-- A function is pure, so a job may run twice. On Ray, one that is lost with its worker or node is given to another; one
-  that ends every worker it meets is named. Here, a worker that dies stops the run: the machine has no room for it.
+- A function is pure, so a job may run twice: one that is lost with its worker or node is given to another, and one that
+  ends every worker it meets is named.
 - Whoever leaves the `with` block early, by a break, an error or a Ctrl-C, leaves nothing at work: jobs that have not
   begun never do, and those that run are told so (`stopping`) or interrupted, and waited for.
-- Workers end with the process that they work for, even if it is killed: here they watch it, on Ray their job ends.
+- Workers end with the process that they work for, even if it is killed (crew.py); on Ray their job ends.
 - Nobody says what a cluster's nodes have in common, and a folder that a node lacks may look like one that is empty. So
   a node is asked for the `needs` of the function before its first job.
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import math
 import os
-import pickle
 import signal
 import threading
 import time
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing.synchronize import Event
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from data_pipeline import crew
+from data_pipeline.crew import Crew, LostError, Patience
 from data_pipeline.errors import DataError, first_line
 from data_pipeline.ray_token import guard_own_ray
 
@@ -44,7 +43,8 @@ ATTEMPTS = 8  # of one job on Ray; losses at random do not meet the same one so 
 AHEAD = 2  # jobs for each processor of a Ray: one at work, one behind it
 LOOK = 1.0  # seconds between two looks how many processors a Ray has
 START = 120.0  # seconds that a Ray may be without any
-GRACE = 20.0  # seconds for a task to end after it was interrupted
+GRACE = 20.0  # seconds for a job to end after it was told to
+PATIENCE = Patience(silence=60.0, standstill=math.inf)  # seconds; a job may keep the interpreter to itself for long
 STORE = 256 << 20  # bytes for objects in a Ray of our own: results are small
 
 
@@ -63,9 +63,9 @@ def run_jobs(
     "local" for one that ends with this process; there `function` and jobs run on any node, which must have the same
     packages, and `processes` bounds the tasks at a time. `needs`: files and folders, none of them empty, that must be
     on a file system which all nodes share; a relative path is one from this process's folder.
-    What `function` raises is raised here. Raises DataError when a worker died (on Ray: when a job was lost ATTEMPTS
-    times), when there is no Ray at `on` or it has no processor, or when a node does not see one of the `needs`;
-    ValueError when Ray is not installed.
+    What `function` raises is raised here. Raises DataError when a job ended several workers (on Ray: when it was lost
+    ATTEMPTS times), when there is no Ray at `on` or it has no processor, or when a node does not see one of the
+    `needs`; ValueError when Ray is not installed.
     """
     if on is not None:
         with _on_ray(function, jobs, processes, on, needs) as results:
@@ -79,60 +79,44 @@ def run_jobs(
         yield results
 
 
-def stopping() -> bool:
-    """In a job: whether nobody wants its result any more, so that it may end with any. On Ray it is interrupted."""
-    return _stop is not None and _stop.is_set()
-
-
 # --- on this machine
 
-_function: Callable[..., Any] | None = None  # in a worker process
-_stop: Event | None = None  # in a worker process: set by the parent when what is done here is no longer wanted
+
+def stopping() -> bool:
+    """In a job: whether nobody wants its result any more, so that it may end with any. On Ray it is interrupted."""
+    return crew.stopping()
 
 
 @contextmanager
 def _in_processes(
     function: Callable[..., Result], jobs: Sequence[Job], processes: int
 ) -> Iterator[Iterator[tuple[int, Result]]]:
-    stop = multiprocessing.Event()
-    with ProcessPoolExecutor(processes, initializer=_start, initargs=(pickle.dumps(function), stop)) as pool:
+    team = Crew(function, processes, ahead=1, patience=PATIENCE, told=_tell)
+    try:
+        yield _completed(team, jobs, processes)
+    finally:  # after a Ctrl-C too: nobody should go on with what will be thrown away
+        team.close(patience=GRACE)
+
+
+def _completed(team: Crew, jobs: Sequence[Job], processes: int) -> Iterator[tuple[int, Any]]:
+    ahead = iter(enumerate(jobs))
+    while True:
+        for number, job in islice(ahead, team.room):
+            team.give(number, job)
+        if not team.open_jobs:
+            return
         try:
-            yield _completed(pool, jobs)
-        except BrokenProcessPool as error:
+            yield from team.wait()
+        except LostError as lost:
+            which = "" if lost.job is None else f" at job {lost.job + 1} of {len(jobs)}"
             raise DataError(
-                f"one of {processes} worker processes was killed or crashed, and the work was stopped: the system does "
-                "so to what takes too much memory, so give fewer processes"
-            ) from error
-        finally:  # after a Ctrl-C too: nobody should go on with what will be thrown away
-            stop.set()
-            pool.shutdown(cancel_futures=True)
+                f"{crew.ATTEMPTS} of {processes} worker processes were killed or crashed in a row{which} (the last "
+                f"{lost.how}), and the work was stopped: if memory is short, give fewer processes"
+            ) from None
 
 
-def _completed(pool: ProcessPoolExecutor, jobs: Sequence[Job]) -> Iterator[tuple[int, Any]]:
-    numbers = {pool.submit(_run, job): number for number, job in enumerate(jobs)}
-    for future in as_completed(set(numbers)):
-        yield numbers.pop(future), future.result()
-
-
-def _start(function: bytes, stop: Event) -> None:
-    """Begin a worker process. Ctrl-C is the parent's to handle, and this process ends when its parent does."""
-    global _function, _stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _function, _stop = pickle.loads(function), stop
-
-
-def _end_with_parent() -> None:
-    """A parent that is killed cannot tell its workers, and they would wait for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _run(job: Job) -> Any:
-    assert _function is not None, "set when the process began"
-    return _function(*job)
+def _tell(how: str, _: int) -> None:
+    print(f"weft: a worker process {how}: another takes its place", file=sys.stderr)
 
 
 # --- on Ray

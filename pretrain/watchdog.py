@@ -15,7 +15,6 @@
 from __future__ import annotations
 
 import faulthandler
-import multiprocessing
 import os
 import re
 import socket
@@ -137,9 +136,7 @@ class Watchdog:
         except OSError as error:
             _say(f"weft: {mine}; the stacks could not be written: {error}\n")
         finally:
-            for worker in multiprocessing.active_children():
-                worker.kill()  # one that is stuck would outlive us
-            os._exit(NO_PROGRESS)
+            os._exit(NO_PROGRESS)  # loader workers, even stuck ones, end with this process
 
     def _write_stacks(self, mine: Standing) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)

@@ -68,8 +68,8 @@ class Job:
         return found
 
     def loader_workers(self, rank: int) -> list[int]:
-        """Process ids of the loader workers of a rank."""
-        return _children(self.rank(rank))
+        """Process ids of the loader workers of a rank: children of its fork server."""
+        return [worker for server in _children(self.rank(rank)) for worker in _children(server)]
 
     def wait_until(self, holds: Callable[[], bool], seconds: float = 400) -> None:
         """Until something holds of the running job; AssertionError when it ends before."""

@@ -24,7 +24,6 @@ Design choices:
 from __future__ import annotations
 
 import io
-import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -48,6 +47,7 @@ from data_pipeline.bench.measure import Speed, measure, pil_pixels
 from data_pipeline.bench.peers import PEERS, Job, PeerProcess
 from data_pipeline.loader import Loader
 from data_pipeline.order import Order
+from data_pipeline.parallel import run_jobs
 from data_pipeline.reader import open_dataset
 from data_pipeline.sample import Sample
 from data_pipeline.shards import write_shards
@@ -304,19 +304,11 @@ def _fast(jpeg: bytes, size: int) -> torch.Tensor:
 
 def _decode_alone(jpegs: list[bytes], size: int, batch: int, steps: int, workers: int) -> Iterator[None]:
     """The floor, in `workers` processes at once; yields None for every batch's worth when all is done."""
-    if workers:
-        context = multiprocessing.get_context("fork")
-        share = steps // workers * batch
-        shares = [range(worker * share, (worker + 1) * share) for worker in range(workers)]
-        running = [context.Process(target=_decode, args=(jpegs, size, part)) for part in shares]
-        for process in running:
-            process.start()
-        for process in running:
-            process.join()
-            if process.exitcode:
-                raise RuntimeError(f"a process of the bare loop ended with exit code {process.exitcode}")
-    else:
-        _decode(jpegs, size, range(steps * batch))
+    share = steps // max(1, workers) * batch
+    shares = [(range(worker * share, (worker + 1) * share),) for worker in range(max(1, workers))]
+    with run_jobs(partial(_decode, jpegs, size), shares, processes=workers) as done:
+        for _ in done:
+            pass
     yield from [None] * steps
 
 

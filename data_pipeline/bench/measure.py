@@ -14,6 +14,8 @@ import psutil
 import torch
 from PIL import Image
 
+from data_pipeline.fork_server import server_pid
+
 # CLIP's per-channel mean and standard deviation (Radford et al. 2021, github.com/openai/CLIP)
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
@@ -67,7 +69,9 @@ def measure(
 
 
 def cpu_seconds(live: bool) -> dict[psutil.Process, float]:
-    """CPU time of this process and of its children that have ended; `live`: and of each below it that runs.
+    """CPU time of this process, of its children that have ended and of those that its fork server had (our workers).
+
+    `live`: and of each below it that runs.
 
     What a grandchild spent that ended meanwhile may be lost (Ray's workers), which flatters who has such.
     """
@@ -76,6 +80,9 @@ def cpu_seconds(live: bool) -> dict[psutil.Process, float]:
     for process in below() if live else []:
         with suppress(psutil.NoSuchProcess):
             found[process] = sum(process.cpu_times()[:2])
+    if server := server_pid():
+        process = psutil.Process(server)
+        found[process] = sum(process.cpu_times()[:4])  # its own, and of those it has waited for
     return found
 
 

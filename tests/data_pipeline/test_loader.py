@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +19,14 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from letters import Letters
 from PIL import Image
+from processes import workers_of
 
+import data_pipeline.loader as loader_module
+from data_pipeline import fork_server
 from data_pipeline.batch import ATTEMPTS, Batch, BatchMaker, Corrupt
+from data_pipeline.crew import Patience
 from data_pipeline.errors import DataError
 from data_pipeline.loader import HELD, PREFETCH, Loader, sequential_batches
 from data_pipeline.order import Order
@@ -30,13 +37,6 @@ from data_pipeline.transforms import ImageTransform, TextTransform
 
 SAMPLES, SEED, SIZE, CONTEXT = 37, 11, 16, 24
 BAD = {3: "truncated", 8: "no image", 17: "garbage", 18: "no caption", 30: "not UTF-8"}
-
-
-class Letters:
-    """Text -> its code points."""
-
-    def encode(self, text: str, context: int) -> np.ndarray:
-        return np.array([ord(letter) for letter in text.ljust(context)[:context]], np.int32)
 
 
 def jpeg(number: int) -> bytes:
@@ -292,10 +292,10 @@ def test_memory_is_used_again(dataset: Dataset) -> None:
 
 
 def test_leaving_early_ends_the_workers(dataset: Dataset) -> None:
-    before = set(psutil.Process().children())
+    assert workers_of() == []
     batches = iter(loader_of(dataset, workers=2, stop_step=10_000))
     kept = next(batches)
-    workers = [process for process in psutil.Process().children() if process not in before]
+    workers = workers_of()
     assert len(workers) == 2
     del batches
     gc.collect()
@@ -305,30 +305,25 @@ def test_leaving_early_ends_the_workers(dataset: Dataset) -> None:
 
 
 def test_no_more_workers_than_batches(dataset: Dataset) -> None:
-    before = len(psutil.Process().children())
     batches = iter(loader_of(dataset, workers=5, stop_step=1))
     assert len(next(batches)) == 12
-    assert len(psutil.Process().children()) - before <= 1
+    assert len(workers_of()) == 1
     assert list(loader_of(dataset, workers=2, start_step=8)) == []
 
 
 TRAINER = """
 import signal, sys, time
-import numpy as np
 from data_pipeline.batch import BatchMaker
 from data_pipeline.loader import Loader
 from data_pipeline.order import Order
 from data_pipeline.reader import open_dataset
 from data_pipeline.transforms import ImageTransform, TextTransform
+from letters import Letters
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 
-class Long:  # more than a pipe holds
-    def encode(self, text, context):
-        return np.zeros(context, np.int32)
-
 dataset = open_dataset(sys.argv[1])
-maker = BatchMaker(dataset, ImageTransform(32), TextTransform(Long(), 5000), 0, training=True)
+maker = BatchMaker(dataset, ImageTransform(32), TextTransform(Letters(), 5000), 0, training=True)
 for number, batch in enumerate(Loader(maker, Order(len(dataset), 0), global_batch=12, workers=2, stop_step=10**9)):
     if number == 3:
         print("ready", flush=True)
@@ -349,7 +344,7 @@ def test_workers_end_with_the_trainer(dataset: Dataset, ending: signal.Signals, 
     try:
         assert trainer.stdout is not None
         assert trainer.stdout.readline() == b"ready\n"
-        workers = psutil.Process(trainer.pid).children()
+        workers = workers_of(trainer.pid)
         assert len(workers) == 2
         if ending is signal.SIGINT:
             os.killpg(trainer.pid, ending)
@@ -371,6 +366,138 @@ def assert_no_segment_of(processes: list[int]) -> None:
     shared = Path("/dev/shm")
     names = [path.name for path in shared.iterdir()] if shared.is_dir() else []
     assert [name for name in names if any(f"_{process}_" in name for process in processes)] == []
+
+
+class Slow:
+    """A tokenizer that takes its time, so that workers are at work whenever one looks."""
+
+    def encode(self, text: str, context: int) -> np.ndarray:
+        time.sleep(0.01)
+        return Letters().encode(text, context)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP])
+def test_a_worker_that_dies_or_hangs_is_replaced_and_the_sequence_is_the_same(
+    bad_dataset: Dataset, how: signal.Signals, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(loader_module, "PATIENCE", Patience(silence=1.5))
+    maker = maker_of(bad_dataset)
+    maker.text = TextTransform(Slow(), CONTEXT)
+    batches, met = [], set()
+    for batch in Loader(maker, Order(SAMPLES, SEED), global_batch=12, workers=2, stop_step=12):
+        batches.append(batch)
+        if len(batches) in (2, 5, 8):
+            worker = workers_of()[len(batches) % 2]
+            met.add(worker.pid)
+            worker.send_signal(how)
+    assert len(met) == 3
+    assert_same(batches, global_batches(bad_dataset, stop_step=12))
+    assert workers_of() == []
+    told = capfd.readouterr().err
+    words = "gave no sign of life for" if how is signal.SIGSTOP else f"was ended by {how.name}"
+    assert told.count(f"weft: a loader worker {words}") == 3
+
+
+def test_workers_are_made_anew_when_the_server_dies(dataset: Dataset) -> None:
+    batches = []
+    for batch in loader_of(dataset, workers=2, stop_step=12):
+        batches.append(batch)
+        if len(batches) == 3:
+            server = fork_server.server_pid()
+            assert server is not None
+            os.kill(server, signal.SIGKILL)
+    assert_same(batches, global_batches(dataset, stop_step=12))
+
+
+class Deadly:
+    """A tokenizer that ends the process that has one caption before it."""
+
+    def __init__(self, caption: str, how: signal.Signals) -> None:
+        self.caption, self.how = caption, how
+
+    def encode(self, text: str, context: int) -> np.ndarray:
+        if text == self.caption:
+            os.kill(os.getpid(), self.how)
+        return Letters().encode(text, context)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_sample_that_ends_every_worker_is_named(
+    dataset: Dataset, how: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader_module, "PATIENCE", Patience(silence=0.6))
+    maker = maker_of(dataset)
+    maker.text = TextTransform(Deadly("caption 13", how), CONTEXT)
+    order = Order(SAMPLES, SEED)
+    step = int(np.flatnonzero(order.sample_ids(np.arange(SAMPLES)) == 13)[0]) // 12
+    batches = iter(Loader(maker, order, global_batch=12, workers=2, stop_step=3))
+    for _ in range(step):
+        next(batches)
+    where = rf"at step {step + 1} while reading sample 's013' in shard-000001\.tar of "
+    with pytest.raises(DataError, match=f"^5 loader workers in a row ended {where}") as caught:
+        next(batches)
+    assert "\n" not in str(caught.value)
+    assert workers_of() == []
+
+
+def test_nothing_is_forked_from_a_process_with_threads(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever threads are alive: workers are children of a process that has one thread and is no fork of this."""
+
+    def refuse() -> int:
+        raise AssertionError("forked")
+
+    monkeypatch.setattr(os, "fork", refuse)
+    over = threading.Event()
+    threads = [threading.Thread(target=over.wait) for _ in range(50)]
+    for thread in threads:
+        thread.start()
+    try:
+        batches = iter(loader_of(dataset, workers=2))
+        next(batches)
+        server = psutil.Process(fork_server.server_pid())
+        assert [worker.ppid() for worker in workers_of()] == [server.pid] * 2
+        assert server.ppid() == os.getpid()
+        assert server.num_threads() == 1
+        assert server.cmdline()[1] == "-c"
+        batches.close()
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_a_mistake_in_a_worker_comes_with_its_lines(dataset: Dataset) -> None:
+    maker = maker_of(dataset)
+    maker.text = TextTransform(Wrong(), CONTEXT)
+    with pytest.raises(ZeroDivisionError) as caught:
+        list(Loader(maker, Order(SAMPLES, SEED), global_batch=12, workers=2, stop_step=3))
+    assert "in encode" in caught.value.__notes__[0]
+
+
+class Wrong:
+    def encode(self, text: str, context: int) -> np.ndarray:
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pinned_batches_are_the_same(dataset: Dataset, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: a thread copies them. There the memory is page-locked; here the copy is all there is to see."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.clone())
+    assert_same(list(loader_of(dataset, workers=workers, pin=True)), global_batches(dataset))
+    threads = threading.active_count()
+    batches = iter(loader_of(dataset, workers=workers, pin=True, stop_step=10**6))
+    kept = next(batches)
+    batches.close()
+    assert threading.active_count() == threads
+    assert workers_of() == []
+    assert_same([kept], global_batches(dataset, stop_step=1))
+    maker = maker_of(dataset)
+    maker.text = TextTransform(Wrong(), CONTEXT)
+    with pytest.raises(ZeroDivisionError):
+        list(Loader(maker, Order(SAMPLES, SEED), global_batch=12, workers=workers, stop_step=3, pin=True))
 
 
 @pytest.mark.parametrize(

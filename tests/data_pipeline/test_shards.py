@@ -128,21 +128,19 @@ def test_ctrl_c_with_workers_leaves_nothing_behind(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def make_until_full(number: int, sample: int) -> Sample:
+    """`make`, on a disk that is full when it comes to the eighth."""
+    if sample == 7:
+        raise OSError(number, os.strerror(number))
+    return make(sample)
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_says_so_and_leaves_nothing_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int, number: int
-) -> None:
-    write = webdataset.TarWriter.write
-
-    def write_until_full(self: Any, sample: dict[str, Any]) -> Any:
-        if sample["__key__"].endswith("7"):
-            raise OSError(number, os.strerror(number))
-        return write(self, sample)
-
-    monkeypatch.setattr(webdataset.TarWriter, "write", write_until_full)  # workers are forked, and have it too
+def test_a_full_disk_says_so_and_leaves_nothing_behind(tmp_path: Path, processes: int, number: int) -> None:
+    full = partial(make_until_full, number)
     with pytest.raises(OSError, match=r"the disk is full: .*out could not be written and nothing .* kept") as caught:
-        write_shards(11, make, tmp_path / "out", samples_per_shard=2, processes=processes)
+        write_shards(11, full, tmp_path / "out", samples_per_shard=2, processes=processes)
     assert caught.value.errno == number
     assert list(tmp_path.iterdir()) == []
 

@@ -1,60 +1,80 @@
 """Slots: taken, lent, free again when the last tensor is gone, and never before."""
 
 import gc
+import mmap
 import os
-import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from data_pipeline.slots import Slots
+from data_pipeline.slots import PAGE, Slot, Slots, mapped
 
 
-def test_each_slot_once() -> None:
-    slots = Slots(3, (2, 5))
-    assert sorted([slots.take(), slots.take(), slots.take()]) == [0, 1, 2]
-    assert slots.take() is None
+def test_each_slot_once_and_then_new_memory() -> None:
+    slots = Slots(3, 10)
+    assert sorted(slots.take().number for _ in range(3)) == [0, 1, 2]
+    more = [slots.take(), slots.take()]
+    assert [slot.number for slot in more] == [-1, -1]
+    one, other = (slots.lend(slot) for slot in more)
+    one.fill_(1)
+    assert other.sum() == 0
 
 
 def test_free_when_the_last_view_is_gone() -> None:
-    slots = Slots(1, (4, 6))
+    slots = Slots(1, 24)
     slot = slots.take()
-    lent = slots.lend(slot)
+    lent = slots.lend(slot)[:24].view(4, 6)
     row, turned = lent[1], lent.T
     array = lent[2:].numpy()
     for _ in range(4):
-        assert slots.take() is None
+        extra = slots.take()
+        assert extra.number == -1
+        slots.lend(extra)  # and so let go of
         lent, row, turned, array = row, turned, array, None
     del lent, row, turned, array
     gc.collect()
     assert slots.take() == slot
 
 
-def test_lent_memory_outlives_the_slots() -> None:
-    slots = Slots(2, (1000,))
+@pytest.mark.parametrize("own", [False, True])
+def test_lent_memory_outlives_the_slots(own: bool) -> None:
+    slots = Slots(0 if own else 2, 1000)
     lent = slots.lend(slots.take())
     lent.fill_(7)
+    slots.close()
     del slots
     gc.collect()
-    assert lent.sum() == 7000
+    assert lent[:1000].sum() == 7000
 
 
-def test_a_forked_process_writes_what_this_one_reads() -> None:
-    slots = Slots(3, (5,))
-    slot = slots.take()
-    process = os.fork()
-    if process == 0:
-        slots.tensor(slot).copy_(torch.arange(5))
-        os._exit(0)
-    assert os.waitpid(process, 0)[1] == 0
-    assert slots.lend(slot).tolist() == [0, 1, 2, 3, 4]
+def test_slots_begin_at_pages() -> None:
+    slots = Slots(3, PAGE + 1)
+    assert slots.size == 2 * PAGE
+    assert {slots.lend(Slot(number)).data_ptr() % mmap.PAGESIZE for number in range(3)} == {0}
 
 
-def test_pickled_it_is_itself() -> None:
-    slots = Slots(1, (1,))
-    assert pickle.loads(pickle.dumps(slots)) is slots
-    letter = pickle.dumps(slots)
-    del slots
-    gc.collect()
-    with pytest.raises(KeyError):
-        pickle.loads(letter)
+def test_another_process_writes_what_this_one_reads_and_no_name_is_left() -> None:
+    before = set(Path("/dev/shm").iterdir()) if Path("/dev/shm").is_dir() else set()
+    slots = Slots(3, 5)
+    write = (
+        "import sys; from data_pipeline.slots import mapped\n"
+        f"mapped(int(sys.argv[1]), 0).reshape(3, {slots.size})[1, :5] = range(5)"
+    )
+    subprocess.run(
+        [sys.executable, "-c", write, str(slots.fd)],
+        pass_fds=[slots.fd],
+        check=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    assert slots.lend(Slot(1))[:5].tolist() == [0, 1, 2, 3, 4]
+    assert (set(Path("/dev/shm").iterdir()) if Path("/dev/shm").is_dir() else set()) <= before
+
+
+def test_mapped_whole() -> None:
+    slots = Slots(1, 1)
+    slots.lend(slots.take())[3] = 9
+    assert torch.from_numpy(mapped(slots.fd, 0))[3] == 9
+    assert len(mapped(slots.fd, 0)) == PAGE

@@ -1,7 +1,6 @@
 """A run of filters: the right samples with their own bytes, counts that add up, the same at any number of processes."""
 
 import json
-import multiprocessing
 import re
 import tempfile
 import zlib
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import workers_of
 from tars import picture, tar_of
 
 import data_pipeline.filters.look as look_module
@@ -277,7 +277,7 @@ def test_an_interrupt_leaves_nothing(
         run_filters(source, tmp_path / "out", [Mark("a")], samples_per_shard=3, processes=processes, progress=interrupt)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "temporary"]
     assert not list((tmp_path / "temporary").iterdir())
-    assert not multiprocessing.active_children()
+    assert not workers_of()
 
 
 def test_a_damaged_shard_is_an_error_and_not_a_dropped_sample(source: Path, tmp_path: Path) -> None:
