@@ -138,8 +138,8 @@ class Crew:
 
     @property
     def room(self) -> int:
-        """How many jobs more may be given now."""
-        return self._ahead * len(self._workers) - len(self._waiting)
+        """How many jobs more may be given now: to workers that are there."""
+        return sum(max(0, self._ahead - len(worker.jobs)) for worker in self._workers if worker.began)
 
     @property
     def open_jobs(self) -> int:
@@ -149,7 +149,7 @@ class Crew:
     def give(self, job: int, arguments: tuple[Any, ...], fds: Sequence[int] = ()) -> None:
         """Have function(*arguments) run by the worker with the fewest jobs. `fds` go with it (`job_fds`)."""
         self._waiting[job] = arguments, fds
-        self._send(min(self._workers, key=lambda worker: len(worker.jobs)), job)
+        self._send(min(self._workers, key=lambda worker: (not worker.began, len(worker.jobs))), job)
 
     def wait(self, seconds: float = LOOK) -> list[tuple[int, Any]]:
         """(job, result) of those that have come, at the latest after so many seconds; often none.

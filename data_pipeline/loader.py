@@ -189,7 +189,7 @@ def _from_workers(share: Share, steps: range, workers: int) -> Generator[Batch, 
 
     def ask() -> None:
         """Give the workers what they may have in advance."""
-        while len(at_work) < workers * PREFETCH and (step := next(ahead, None)) is not None:
+        while team.room and len(at_work) < workers * PREFETCH and (step := next(ahead, None)) is not None:
             slot = at_work[step] = slots.take()
             team.give(step, (step, slot.number), [] if slot.fd is None else [slot.fd])
 
@@ -201,8 +201,8 @@ def _from_workers(share: Share, steps: range, workers: int) -> Generator[Batch, 
             closing(Crew(maker, workers, shared=[slots.fd], patience=PATIENCE, told=_tell(share)))
         )
         for step in steps:
-            ask()
             while step not in came:
+                ask()
                 try:
                     came.update(team.wait())
                 except LostError as lost:

@@ -99,19 +99,18 @@ def _in_processes(
 
 
 def _completed(team: Crew, jobs: Sequence[Job], processes: int) -> Iterator[tuple[int, Any]]:
-    ahead = iter(enumerate(jobs))
-    while True:
+    ahead, given = iter(enumerate(jobs)), 0
+    while given < len(jobs) or team.open_jobs:
         for number, job in islice(ahead, team.room):
             team.give(number, job)
-        if not team.open_jobs:
-            return
+            given += 1
         try:
             yield from team.wait()
         except LostError as lost:
             which = "" if lost.job is None else f" at job {lost.job + 1} of {len(jobs)}"
             raise DataError(
-                f"{crew.ATTEMPTS} of {processes} worker processes were killed or crashed in a row{which} (the last "
-                f"{lost.how}), and the work was stopped: if memory is short, give fewer processes"
+                f"one of {processes} worker processes was killed or crashed {crew.ATTEMPTS} times in a row{which}, and "
+                f"the work was stopped: the last {lost.how}; if memory is short, give fewer processes"
             ) from None
 
 
