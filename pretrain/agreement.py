@@ -10,13 +10,11 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from data_pipeline import Dataset, Joined
 from pretrain.checkpoint.format import Checkpoint
 from pretrain.checkpoint.load import of_all_ranks
 from pretrain.config import Recipe
-from pretrain.errors import RequestError, WeftError
+from pretrain.errors import WeftError
 from pretrain.parallel.groups import Ranks
 from pretrain.run_folder import flat, versions
 from pretrain.watchdog import ranks_in_words
@@ -70,25 +68,6 @@ def refuse_different_ranks(
         else:
             values = [each[name] for each in everyone]
         raise WeftError(f"the ranks differ in {name}: {_by_value(values)}; give every rank the same")
-
-
-def refuse_nothing_to_train(model: torch.nn.Module, recipe: Recipe, ranks: Ranks) -> None:
-    """RequestError on every rank where train.freeze leaves a rank no parameter to train; every rank calls this."""
-    mine = (ranks.pp_rank, sum(each.numel() for each in model.parameters() if each.requires_grad))
-    trained: dict[int, int] = {}
-    for stage, numbers in of_all_ranks(mine, ranks):
-        trained[stage] = trained.get(stage, 0) + numbers
-    idle = sorted(stage for stage, numbers in trained.items() if not numbers)
-    if not idle:
-        return
-    freeze = list(recipe.train.freeze)
-    if len(idle) == len(trained):
-        raise RequestError(f"train.freeze is {freeze}, which leaves nothing to train: freeze fewer parameters")
-    which = f"pipeline stage{'s' if len(idle) > 1 else ''} {', '.join(map(str, idle))}"
-    raise RequestError(
-        f"train.freeze is {freeze}, which leaves {which} of layout.pp={ranks.pp_size} nothing to train: "
-        "use layout.pp=1, or freeze fewer parameters"
-    )
 
 
 def _data(dataset: Dataset | Joined | None) -> str:

@@ -50,11 +50,12 @@ def check_freeze(recipe: Recipe, layout: Layout) -> None:
             raise RequestError(f"train.freeze has {prefix!r}, but no parameter begins with it: {way_out}")
     trained = {stage for name, stages in parameters for stage in stages if not name.startswith(freeze)}
     if not trained:
-        raise RequestError(f"train.freeze is {list(freeze)}, which leaves nothing to train: freeze less")
-    if missing := sorted(set(range(layout.pp)) - trained):
+        raise RequestError(f"train.freeze is {list(freeze)}, which leaves nothing to train: freeze fewer parameters")
+    if idle := sorted(set(range(layout.pp)) - trained):
+        which = f"pipeline stage{'s' if len(idle) > 1 else ''} {', '.join(map(str, idle))}"
         raise RequestError(
-            f"train.freeze leaves pipeline stage {missing[0]} of {layout.pp} nothing to train: "
-            "use layout.pp=1, or freeze less"
+            f"train.freeze is {list(freeze)}, which leaves {which} of layout.pp={layout.pp} nothing to train: "
+            "use layout.pp=1, or freeze fewer parameters"
         )
 
 

@@ -20,7 +20,7 @@ import kernels
 from data_pipeline import Dataset, Joined
 from data_pipeline.index import written_whole
 from pretrain import run_folder
-from pretrain.agreement import refuse_different_ranks, refuse_nothing_to_train
+from pretrain.agreement import refuse_different_ranks
 from pretrain.certificate import Certificate
 from pretrain.checkpoint.format import TOKENIZER, Checkpoint, step_folder
 from pretrain.checkpoint.load import load_warm_start, restore_checkpoint, whole_checkpoint
@@ -118,7 +118,6 @@ def _train(
     tokenizer = tokenizer_of(recipe, dataset, _given_tokenizer(recipe, checkpoint, warm), ranks)
 
     model = build_model(recipe, layout, ranks)
-    refuse_nothing_to_train(model, recipe, ranks)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     share = "all" if trained == parameters else f"{trained / 1e6:.2f} M"

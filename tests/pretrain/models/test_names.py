@@ -74,7 +74,7 @@ def test_the_nearest_prefix(wrong: str, near: str | None) -> None:
         (
             [*DUAL, "layout.pp=2", "train.freeze=[vision., text.block, text.projection, text.positions, logit_]"],
             2,
-            ["train.freeze", "stage 1 of 2"],
+            ["train.freeze", "leaves pipeline stage 1 of layout.pp=2 nothing to train"],
         ),
     ],
 )
