@@ -97,6 +97,7 @@ def _train(
     ranks: Ranks,
     watchdog: Watchdog,
 ) -> int:
+    refuse_different_ranks(recipe, dataset, test, checkpoint, ranks)
     run, settings = recipe.run.dir, recipe.train
     start = checkpoint.step if checkpoint else 0
     stop = min(settings.steps, settings.stop_at or settings.steps)
@@ -111,7 +112,6 @@ def _train(
         candidates = run_folder.checkpoints_to_resume(recipe, dataset.fingerprint)
         checkpoint = whole_checkpoint(candidates, ranks, line.say)
         start = checkpoint.step if checkpoint else 0
-    refuse_different_ranks(recipe, dataset, test, checkpoint, ranks)
     warm = None if checkpoint else find_warm_start(recipe)
     if ranks.is_first:
         run_folder.begin(recipe, layout, dataset.fingerprint, start, warm.record() if warm else None)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,12 @@ from ranks import run_ranks
 from data_pipeline import Batch
 from data_pipeline.scenes.synth import synthesise
 from pretrain.certificate import compare_orders
+from pretrain.checkpoint.format import describe
 from pretrain.config import load_recipe
 from pretrain.errors import WeftError
 from pretrain.ingest import _shared
+from pretrain.metrics import read_lines
+from pretrain.parallel.engine import Engine
 from pretrain.parallel.groups import start_ranks, stop_ranks
 from pretrain.parallel.layout import lay_out
 
@@ -74,6 +80,17 @@ def in_two_ranks(rank: int, world: int, folder: Path) -> dict[str, Any]:
     for name, keys in (("alone", []), ("parts", ["train.micro_batch=2"]), ("tp", ["layout.tp=2"])):
         found[name] = train(recipe(name, keys), "weft train")
 
+    encode = Engine.encode_image
+
+    def told_to_stop(self: Engine, image: torch.Tensor) -> torch.Tensor:
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return encode(self, image)
+
+    Engine.encode_image = told_to_stop  # type: ignore[method-assign]
+    found["stopped"] = train(recipe("stopped", ["data.test=A", "eval.every=1"]), "weft train")
+    Engine.encode_image = encode  # type: ignore[method-assign]
+
     tensor_parallel = recipe("none", ["layout.tp=2"])
     for name, error in (("key", KeyError("x")), ("odd", OddError(1, 2))):
         ranks = start_ranks(lay_out(tensor_parallel, world), torch.device("cpu"))
@@ -102,8 +119,6 @@ def found(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("number", range(len(REFUSED)))
 def test_what_differs_is_said_on_every_rank(found: list[dict[str, Any]], number: int) -> None:
-    import re
-
     sentences = {each["refused"][number] for each in found}
     assert len(sentences) == 1
     assert re.search(REFUSED[number][2], sentences.pop())
@@ -115,6 +130,12 @@ def test_the_order_certificate_is_that_of_any_layout(found: list[dict[str, Any]]
         compared = compare_orders(folder / "alone", folder / name)
         assert compared.same
         assert compared.samples == 16
+
+
+def test_one_rank_that_is_told_to_stop_ends_an_evaluation_on_all(found: list[dict[str, Any]], folder: Path) -> None:
+    assert [each["stopped"] for each in found] == [128 + signal.SIGTERM] * 2
+    assert describe(folder / "stopped").step == 1
+    assert read_lines(folder / "stopped" / "evaluation.jsonl") == []
 
 
 def test_any_error_of_a_shared_reader_reaches_all_ranks(found: list[dict[str, Any]]) -> None:

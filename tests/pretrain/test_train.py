@@ -20,6 +20,7 @@ from pretrain.checkpoint.format import LATEST, complete_steps, describe, find_ch
 from pretrain.config import load_recipe
 from pretrain.errors import RequestError, WeftError
 from pretrain.metrics import read_lines
+from pretrain.parallel.engine import Engine
 from pretrain.train import train
 
 TINY = [
@@ -73,7 +74,7 @@ def test_an_evaluation_that_fails_costs_no_step(
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr("pretrain.train.evaluate", fail)
+    monkeypatch.setattr(Engine, "encode_image", fail)
     test = [f"data.test={data / 'test'}", "eval.every=2", f"checkpoint.every={every}"]
     for done in (2, 4):  # and the next start goes on behind it
         with pytest.raises(type(error)):
@@ -85,13 +86,13 @@ def test_an_evaluation_that_fails_costs_no_step(
 def test_a_stop_signal_ends_an_evaluation_at_once(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:
-    from pretrain.evaluation.evaluate import evaluate
+    encode = Engine.encode_image
 
-    def told(*arguments: Any) -> Any:
+    def told(self: Engine, image: torch.Tensor) -> torch.Tensor:
         os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(*arguments)
+        return encode(self, image)
 
-    monkeypatch.setattr("pretrain.train.evaluate", told)
+    monkeypatch.setattr(Engine, "encode_image", told)
     every = 2 if stop == 2 else 0
     run = tmp_path / "run"
     assert go(data, run, f"data.test={data / 'test'}", f"eval.every={every}", "checkpoint.every=100") == 128 + 15
