@@ -7,7 +7,6 @@ the others: what is decoded is decoded once, however many ranks hold pieces of t
 from __future__ import annotations
 
 import os
-import pickle
 import uuid
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
@@ -30,6 +29,7 @@ from data_pipeline import (
 )
 from pretrain.config import Recipe
 from pretrain.errors import RequestError
+from pretrain.parallel.first import sendable
 from pretrain.parallel.groups import Ranks
 
 Batches = Generator[Batch, None, None]
@@ -117,16 +117,6 @@ def _shared(batches: Batches, ranks: Ranks, steps: range) -> Batches:
                 if tensor.numel():
                     dist.broadcast(tensor, reader, group=group)
             yield batch or Batch(corrupt=[], **{name: _unpacked(tensor) for name, tensor in packed.items()})
-
-
-def sendable(error: Exception) -> Exception:
-    """For the other ranks: the error itself, or what it says where it does not survive the way to another process."""
-    error = error.with_traceback(None)
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # an exception of any class may refuse to be pickled, or to be made again, in any way
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
 
 
 def _packed(batch: Batch) -> dict[str, torch.Tensor]:

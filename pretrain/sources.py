@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 
 import numpy as np
-import torch.distributed as dist
 
 from data_pipeline import (
     BlockOrder,
@@ -23,6 +22,7 @@ from data_pipeline import (
 from data_pipeline.index import written_whole
 from pretrain.config import Recipe
 from pretrain.errors import RequestError
+from pretrain.parallel.first import from_first
 from pretrain.parallel.groups import Ranks
 
 
@@ -78,10 +78,13 @@ def picture_aspects(recipe: Recipe, dataset: Dataset | Joined, ranks: Ranks) -> 
     if recipe.data.aspect == 1:
         return None
     path = recipe.run.dir / f"aspects-{dataset.fingerprint[:12]}.npy"
-    if ranks.is_first and not path.is_file():
-        with written_whole(path) as unfinished, unfinished.open("wb") as file:
-            np.save(file, dataset.aspects())
-    dist.barrier(group=ranks.control_group)
+
+    def collect() -> None:
+        if not path.is_file():
+            with written_whole(path) as unfinished, unfinished.open("wb") as file:
+                np.save(file, dataset.aspects())
+
+    from_first(collect, ranks)
     aspects: np.ndarray = np.load(path, allow_pickle=False)
     return aspects
 

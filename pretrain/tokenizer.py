@@ -8,14 +8,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import torch.distributed as dist
-
 from data_pipeline import Dataset, Joined, Tokenizer
 from data_pipeline.damage import opened
 from data_pipeline.errors import DamagedSampleError, DataError
 from pretrain.config import Recipe
 from pretrain.errors import RequestError
-from pretrain.ingest import sendable
+from pretrain.parallel.first import from_first
 from pretrain.parallel.groups import Ranks
 
 CAPTIONS_FOR_TOKENIZER = 200_000
@@ -26,19 +24,7 @@ def tokenizer_of(recipe: Recipe, dataset: Dataset | Joined, given: Path | None, 
 
     What goes wrong on the first rank is raised on every rank; RequestError for one that does not fit the model.
     """
-    told: list[str | Exception] = [""]
-    if ranks.is_first:
-        try:
-            told = [_made(recipe, dataset, given).to_json()]
-        except Exception as error:  # whatever it is: the other ranks wait for a tokenizer
-            if ranks.world > 1:
-                dist.broadcast_object_list([sendable(error)], src=0, group=ranks.control_group)
-            raise
-    if ranks.world > 1:
-        dist.broadcast_object_list(told, src=0, group=ranks.control_group)
-    if isinstance(told[0], Exception):
-        raise told[0]
-    tokenizer = Tokenizer(str(told[0]))
+    tokenizer = Tokenizer(from_first(lambda: _made(recipe, dataset, given).to_json(), ranks))
     limit = recipe.model.text.vocab_size
     if tokenizer.vocab_size > limit:
         raise RequestError(

@@ -36,6 +36,7 @@ from pretrain.job import this_job
 from pretrain.metrics import EXAMPLES, Clock, ProgressLine, RunLog, WaitHint, duration, peak_memory_gib
 from pretrain.parallel.build import build_model
 from pretrain.parallel.engine import Engine
+from pretrain.parallel.first import from_first
 from pretrain.parallel.groups import TIMEOUT, Ranks, pick_device, start_ranks, stop_ranks
 from pretrain.parallel.layout import Layout
 from pretrain.parallel.meeting import telling_others
@@ -113,8 +114,8 @@ def _train(
         checkpoint = whole_checkpoint(candidates, ranks, line.say)
         start = checkpoint.step if checkpoint else 0
     warm = None if checkpoint else find_warm_start(recipe)
-    if ranks.is_first:
-        run_folder.begin(recipe, layout, dataset.fingerprint, start, warm.record() if warm else None)
+    record = warm.record() if warm else None
+    from_first(lambda: run_folder.begin(recipe, layout, dataset.fingerprint, start, record), ranks)
     tokenizer = tokenizer_of(recipe, dataset, _given_tokenizer(recipe, checkpoint, warm), ranks)
 
     model = build_model(recipe, layout, ranks)
@@ -212,10 +213,11 @@ def _train(
             if saved:
                 saver.save(done, guard.memory(), str(certificate))
                 save_due = False
-            if last:
-                saver.finish()
             every = recipe.eval.every
-            if test is not None and not stopping and (done == stop or (every and done % every == 0)):
+            evaluating = test is not None and not stopping and (done == stop or (every and done % every == 0))
+            if last or (saved and evaluating):
+                saver.finish()  # an error of one rank in it would leave what is still being written without a name
+            if test is not None and evaluating:
                 watchdog.phase("evaluate", done)
                 try:
                     evaluation = evaluate(
