@@ -231,15 +231,15 @@ class Train(Section):
     micro_batch: int | None = Field(
         None, ge=1, description="samples per rank that are processed at once; default: its whole share"
     )
-    lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
+    lr: float = Field(1e-3, gt=0, le=1e30, description="peak learning rate of AdamW")
     min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the cosine; at most lr")
     warmup: int = Field(100, ge=0, description="number of steps of linear warm-up")
     weight_decay: float = Field(
-        0.1, ge=0, description="weight decay of matrices; norms, biases, positions and scales have none"
+        0.1, ge=0, le=1e6, description="weight decay of matrices; norms, biases, positions and scales have none"
     )
     beta1: float = Field(0.9, ge=0, lt=1, description="Adam's decay of the first moment")
     beta2: float = Field(0.98, ge=0, lt=1, description="Adam's decay of the second moment")
-    eps: float = Field(1e-6, gt=0, description="Adam's epsilon")
+    eps: float = Field(1e-6, gt=0, le=1e30, description="Adam's epsilon")
     grad_clip: float = Field(1.0, ge=0, description="clip the global gradient norm to this; 0 disables")
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="precision of parameters and activations; master weights are always fp32"
