@@ -26,7 +26,7 @@ import pytest
 from damages import make_base
 
 IN_CI = 16
-PATIENCE = 120.0  # seconds for the commands of one damage, on a busy machine
+PATIENCE = 240.0  # seconds for the commands of one damage, on a busy machine; the first loads everything
 WORKER = Path(__file__).with_name("worker.py")
 
 
