@@ -203,12 +203,14 @@ def _lay_over(tree: dict[str, Any], override: str) -> set[str]:
     return {dotted, *_below(node[leaf], dotted)}
 
 
-def _below(value: Any, prefix: str) -> Iterator[str]:
-    """The dotted keys inside a value."""
+def _below(value: Any, prefix: str, seen: frozenset[int] = frozenset()) -> Iterator[str]:
+    """The dotted keys inside a value, which may hold itself (`&a {b: *a}`)."""
+    if id(value) in seen:
+        return
     inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, each in inside:
         yield f"{prefix}.{key}"
-        yield from _below(each, f"{prefix}.{key}")
+        yield from _below(each, f"{prefix}.{key}", seen | {id(value)})
 
 
 def _only_by_overrides(found: Ignored, given: set[str]) -> bool:

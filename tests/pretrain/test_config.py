@@ -217,6 +217,8 @@ def test_an_unknown_key_like_nothing_gets_no_false_advice() -> None:
         ("data.train=null", ["data.train is null", "string"]),
         ("data=null", ["data is null", "it is a section"]),
         ("train=7", ["train is 7", "it is a section"]),
+        ("train=&a {lr: 1, steps: *a}", ["train.steps is a section"]),
+        ("train.freeze=&a [*a]", ["train.freeze.0"]),
         ("model.text.vocab_size={a: 1}", ["model.text.vocab_size is a section", "integer"]),
         ("objectives=contrastive", ["objectives is 'contrastive'", "must be a list"]),
         ("objectives=[]", ["objectives is []", "at least 1 item"]),
