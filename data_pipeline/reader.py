@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import zlib
 from bisect import bisect_right
+from collections.abc import Collection
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -99,8 +100,8 @@ class Dataset:
         """The file name of the shard that holds a sample."""
         return self.index.shards[self.locate(sample)[0]].file
 
-    def read(self, sample: int) -> Sample:
-        """The sample's key and bytes.
+    def read(self, sample: int, only: Collection[str] | None = None) -> Sample:
+        """The sample's key and bytes; with `only`, of the fields of these names where it has them, and no more is read.
 
         Raises DataError when the shard is not there or ends before, DamagedSampleError when its bytes changed.
         """
@@ -109,6 +110,11 @@ class Dataset:
             return self.files.sample(self.index.shards[shard], offset)
         table, file = self._table(self.files, shard), self.index.shards[shard].file
         key, places, checksums = table.key(offset), table.places(offset), table.crcs(offset)
+        if only is not None:
+            wanted = [number for number, place in enumerate(places) if place[0] in only]
+            if not wanted:
+                return Sample(key, {})
+            places, checksums = [places[number] for number in wanted], [checksums[number] for number in wanted]
         start = places[0][1]
         length = places[-1][1] + places[-1][2] - start
         data = self.files.read(file, start, length)

@@ -160,18 +160,31 @@ def _say_repeated(sentences: Iterable[str]) -> None:
 def evaluate(
     path: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run folder, or a checkpoint.")],
     data_path: Annotated[str | None, typer.Option("--data", help="Shards; default: the recipe's data.test.")] = None,
-    task: Annotated[str, typer.Option(help="retrieval, zero_shot or all.")] = "all",
-    samples: Annotated[int | None, typer.Option(min=2, help="The first samples only; default: the recipe's.")] = None,
+    task: Annotated[str, typer.Option(help="retrieval, zero_shot or captioning; all: what the model has.")] = "all",
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="At most N samples, spread over the set; default: the recipe's eval.samples.", metavar="N"
+        ),
+    ] = None,
     json_: Json = False,
 ) -> None:
-    """Score a checkpoint: retrieval both ways, zero-shot classification."""
-    from pretrain.evaluation.evaluate import summary
-    from pretrain.evaluation.standalone import TASKS, evaluate_checkpoint
+    """Score a checkpoint: retrieval both ways and zero-shot classification, or the loss of a captioner.
 
-    if task not in TASKS:
-        raise RequestError(f"--task is {task!r}: use one of {', '.join(TASKS)}")
-    result = evaluate_checkpoint(path, data_path, task, samples)
-    print(json.dumps(result) if json_ else summary(result["scores"]))
+    Retrieval is scored as published for COCO and Flickr30K: every caption of every image is a candidate. Exit code 1:
+    the model's embeddings or loss are not finite.
+    """
+    from pretrain.evaluation.evaluate import TASKS, summary
+    from pretrain.evaluation.standalone import evaluate_checkpoint
+    from pretrain.strict_json import strict_json
+
+    known = ["all", *(name for names in TASKS.values() for name in names)]
+    if task not in known:
+        raise RequestError(f"--task is {task!r}: use one of {', '.join(known)}")
+    result, found = evaluate_checkpoint(path, data_path, task, samples)
+    print(strict_json(result) if json_ else "\n".join([summary(found), *found.notes]))
+    if found.problem:
+        raise WeftError(f"{path}: {found.problem}")
 
 
 @weft.command()

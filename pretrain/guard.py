@@ -45,6 +45,14 @@ class Guard:
         return self._settings.spike * statistics.median(self._losses)
 
     @property
+    def problem(self) -> str:
+        """Why a run that ends here has diverged: its last steps were skipped; "" when they were not."""
+        if not self._in_a_row:
+            return ""
+        steps = "step was" if self._in_a_row == 1 else f"{self._in_a_row} steps were"
+        return f"the last {steps} skipped, because the loss or its gradients were not finite or too large"
+
+    @property
     def steady(self) -> bool:
         """Whether the last step changed the parameters: a checkpoint is worth having then."""
         return self._in_a_row == 0

@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 
 from data_pipeline.index import written_whole
+from pretrain.strict_json import strict_json
 
 METRICS, EVALUATION, EXAMPLES = "metrics.jsonl", "evaluation.jsonl", "examples.json"
 WAITING = 0.2  # share of the time: to wait more than that is worth a hint
@@ -42,17 +43,13 @@ class RunLog:
 
     def step(self, line: dict[str, Any]) -> None:
         """One logged step; what is not finite is written as null."""
-        line = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in line.items()
-        }
         _append(self._metrics, line)
         for name, value in line.items():
-            if name not in ("step", "time", "order") and value is not None:
+            if name not in ("step", "time", "order") and value is not None and math.isfinite(value):
                 self._board.add_scalar(f"train/{name}", value, line["step"])
 
     def evaluation(self, line: dict[str, Any]) -> None:
-        """One evaluation: step, and numbers in a tree."""
+        """One evaluation: step, and numbers in a tree; what is not finite is written as null."""
         _append(self._evaluation, line)
         for name, value in _leaves(line):
             self._board.add_scalar(f"evaluation/{name}", value, line["step"])
@@ -184,7 +181,7 @@ def _cut_back(path: Path, step: int) -> int:
 
 
 def _append(file: Any, line: dict[str, Any]) -> None:
-    file.write(json.dumps(line) + "\n")
+    file.write(strict_json(line) + "\n")
     file.flush()
 
 
@@ -193,6 +190,6 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
     for name, value in tree.items():
         if isinstance(value, dict):
             found += _leaves(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float) and name != "step":
+        elif isinstance(value, int | float) and name != "step" and math.isfinite(value):
             found.append((prefix + name, float(value)))
     return found

@@ -7,6 +7,7 @@ from pretrain.checkpoint.format import Checkpoint
 from pretrain.checkpoint.warm_start import find_warm_start
 from pretrain.config import Recipe
 from pretrain.errors import RequestError
+from pretrain.evaluation.test_set import require_usable
 from pretrain.models.names import nearest_prefix, parameter_names
 from pretrain.parallel.layout import Layout, lay_out
 from pretrain.run_folder import checkpoint_to_resume
@@ -28,6 +29,8 @@ def check(recipe: Recipe, world: int) -> tuple[Layout, Dataset | Joined, Dataset
             f"but {dataset.folder} has only {len(dataset)} samples: use a smaller batch, or more data"
         )
     test = open_dataset(recipe.data.test, cache_of(recipe)) if recipe.data.test else None
+    if test is not None:
+        require_usable(test, recipe.eval.samples, captioner=recipe.model.kind == "captioner")
     if recipe.data.tokenizer and not recipe.data.tokenizer.is_file():
         raise RequestError(f"data.tokenizer is {recipe.data.tokenizer}, and there is no such file")
     checkpoint = checkpoint_to_resume(recipe, dataset.fingerprint)

@@ -206,31 +206,46 @@ def _evaluation(record: RunRecord) -> str:
     if len(rows) > 1:  # one dot tells nothing
         table = f"<details><summary>All {len(rows)} evaluations</summary>{table}</details>"
         table = f'<div class="figures">{"".join(figures)}</div>{table}'
-    return _section("Evaluation", table)
+    problem, notes = record.told_of_test_set
+    told = [f"<b>The scores mean nothing: {escape(problem)}.</b>"] if problem else []
+    told += [escape(note[:1].upper() + note[1:]) + "." for note in [_protocol(record), *notes] if note]
+    lines = "".join(f'<p class="small">{line}</p>' for line in told)
+    return _section("Evaluation", lines + table)
+
+
+def _protocol(record: RunRecord) -> str:
+    """What retrieval is scored over, in the last evaluation."""
+    images, captions = (number(record.evaluations[-1], "retrieval", name) for name in ("images", "captions"))
+    if images is None or captions is None:
+        return ""
+    return (
+        f"retrieval among {_count(int(images), 'image')} and all their {_count(int(captions), 'caption')}: "
+        "image to text is right when any of the image's own captions is among the first K"
+    )
 
 
 def _examples(record: RunRecord) -> str:
     if not record.examples:
         return ""
     if not record.evaluations:  # examples.json outlives a run that begins again in the same folder
-        return _section("Found pictures", '<p class="none">examples.json is of an earlier run in this folder.</p>')
+        return _section("Found images", '<p class="none">examples.json is of an earlier run in this folder.</p>')
     queries, hits, shown = [], 0, 0
     for example in record.examples:
         listed = example.get("pictures")
         pictures = [each for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
         right = next((place for place, each in enumerate(pictures, 1) if each.get("right") is True), 0)
         hits, shown = hits + (right > 0), max(shown, len(pictures))
-        result = f"right picture in place {right}" if right else f"no right picture among the nearest {len(pictures)}"
+        result = f"right image in place {right}" if right else f"no right image among the nearest {len(pictures)}"
         found = "".join(_found(place, each) for place, each in enumerate(pictures, 1))
         queries.append(
             f'<article><h3 dir="auto">{escape(str(example.get("caption", "")))}</h3>'
             f'<p class="small">{result}</p><ol>{found}</ol></article>'
         )
     note = (
-        f'<p class="small">Captions of the test data, and the pictures nearest to each, nearest first. {hits} of '
-        f"{_count(len(queries), 'caption')} found a right picture among the nearest {shown}.</p>"
+        f'<p class="small">Captions of the test data, and the images nearest to each, nearest first. {hits} of '
+        f"{_count(len(queries), 'caption')} found a right image among the nearest {shown}.</p>"
     )
-    return _section("Found pictures", f'{note}<div class="queries">{"".join(queries)}</div>')
+    return _section("Found images", f'{note}<div class="queries">{"".join(queries)}</div>')
 
 
 def _found(place: int, picture: Tree) -> str:
@@ -250,7 +265,7 @@ def _thumbnail(text: Any) -> str:
     except (binascii.Error, ValueError):
         data = b""
     if not data.startswith(b"\xff\xd8"):
-        return '<span class="none">no picture</span>'
+        return '<span class="none">no image</span>'
     return f'<img src="{embedded("image/jpeg", data)}" alt="">'
 
 

@@ -100,6 +100,14 @@ class RunRecord:
         return [number(line, "step") or 0.0 for line in self.evaluations]
 
     @property
+    def told_of_test_set(self) -> tuple[str, list[str]]:
+        """What the last evaluation says of the model ("" where all is well), and of its test set."""
+        line = self.evaluations[-1] if self.evaluations else {}
+        notes = line.get("notes")
+        listed = [note for note in notes if isinstance(note, str)] if isinstance(notes, list) else []
+        return str(line.get("problem") or ""), listed
+
+    @property
     def tasks(self) -> list[Task]:
         """What the evaluations score, R@10 and top-1 first in rank; [] when there is no evaluation."""
         tasks = [
@@ -182,25 +190,26 @@ def _with_step(lines: list[Tree]) -> list[Tree]:
 
 def _retrieval(evaluation: Tree, way: str) -> list[Score]:
     """R@1, R@5, R@10 of one way of an evaluation."""
-    pictures, captions = number(evaluation, "retrieval", "pictures"), number(evaluation, "retrieval", "captions")
+    images, captions = number(evaluation, "retrieval", "images"), number(evaluation, "retrieval", "distinct_captions")
+    if images is None:  # an early version knew one caption an image, and told R@10 of guessing alone
+        images, captions = (number(evaluation, "retrieval", name) for name in ("pictures", "captions"))
     scores = []
     for k in (1, 5, 10):
-        if k == 10:
+        guess = number(evaluation, "retrieval", "chance", way, f"r{k}")
+        if k == 10 and guess is None:
             guess = number(evaluation, "retrieval", "chance", way)
-        elif captions and (way == "image_to_text" or k == 1 or captions == pictures):
-            guess = min(1.0, k / captions)
-        else:
-            guess = None  # text to image, captions that repeat: it depends on how often each does
         value = number(evaluation, "retrieval", way, f"r{k}")
-        scores.append(Score(f"R@{k}", value, guess, pictures if way == "image_to_text" else captions))
+        scores.append(Score(f"R@{k}", value, guess, images if way == "image_to_text" else captions))
     return scores
 
 
 def _zero_shot(evaluation: Tree) -> list[Score]:
     """Top-1 and top-5 of an evaluation."""
-    classes, pictures = number(evaluation, "zero_shot", "classes"), number(evaluation, "zero_shot", "pictures")
+    classes, images = number(evaluation, "zero_shot", "classes"), number(evaluation, "zero_shot", "images")
+    if images is None:
+        images = number(evaluation, "zero_shot", "pictures")
     scores = []
     for k in (1, 5):
         guess = min(1.0, k / classes) if classes else None
-        scores.append(Score(f"top-{k}", number(evaluation, "zero_shot", f"top{k}"), guess, pictures))
+        scores.append(Score(f"top-{k}", number(evaluation, "zero_shot", f"top{k}"), guess, images))
     return scores

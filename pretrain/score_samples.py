@@ -32,12 +32,11 @@ from data_pipeline import (
     open_dataset,
     sequential_batches,
 )
-from data_pipeline.damage import opened
-from data_pipeline.errors import DamagedSampleError
 from data_pipeline.index import written_whole
 from pretrain import load_model
 from pretrain.config import Recipe
-from pretrain.errors import RequestError
+from pretrain.errors import RequestError, WeftError
+from pretrain.evaluation.test_set import labels_of
 from pretrain.models.dual import DualEncoder
 from pretrain.parallel.groups import pick_device
 
@@ -67,7 +66,8 @@ def score_samples(
     """Score the data set `path` into the new file `out`; the file appears whole or not at all.
 
     classes: a text file, or a data set; default: the labels in `path`, and no class columns where there are none.
-    Raises RequestError for a file that is there, a checkpoint of a captioner, or when there is nothing to score by.
+    Raises RequestError for a file that is there, a checkpoint of a captioner, or when there is nothing to score by;
+    WeftError when the model's embeddings are not finite.
     """
     if out.exists():
         raise RequestError(f"{out} is there already: give a new file, or remove it")
@@ -80,7 +80,7 @@ def score_samples(
     if not isinstance(model, DualEncoder):
         raise RequestError(f"{checkpoint} is a {recipe.model.kind}: scores are of a model with two towers")
     left_out: Counter[str] = Counter()
-    scorer = _Scorer(model, tokenizer, recipe, device, batch or recipe.eval.batch, names, captions)
+    scorer = _Scorer(str(checkpoint), model, tokenizer, recipe, device, batch or recipe.eval.batch, names, captions)
     rows = 0
     out.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(out) as unfinished, unfinished.open("w", encoding="utf-8") as file:
@@ -96,14 +96,7 @@ def _class_names(classes: Path | None, dataset: Dataset) -> tuple[str, ...]:
         found = {line.strip() for line in classes.read_text(encoding="utf-8").splitlines()} - {""}
     else:
         labelled = dataset if classes is None else open_dataset(classes)
-        found = set()
-        for number in range(len(labelled)):
-            try:
-                with opened(labelled, number) as sample:
-                    label = sample.label()
-            except DamagedSampleError:  # told where its scores are missing
-                continue
-            found |= {label} if label is not None else set()
+        found = labels_of(labelled, range(len(labelled)))  # what cannot be read is told where its scores are missing
     if len(found) < 2 and classes is not None:
         raise RequestError(f"--classes {classes} names {len(found)} of them, and there must be two or more")
     return tuple(sorted(found)) if len(found) > 1 else ()
@@ -114,6 +107,7 @@ class _Scorer:
 
     def __init__(
         self,
+        name: str,
         model: DualEncoder,
         tokenizer: Tokenizer,
         recipe: Recipe,
@@ -122,7 +116,7 @@ class _Scorer:
         names: tuple[str, ...],
         captions: bool,
     ) -> None:
-        self._model = model.eval()
+        self._name, self._model = name, model.eval()
         self._tokenizer, self._recipe = tokenizer, recipe
         self._device, self._batch = device, batch
         self._names, self._captions = names, captions
@@ -142,6 +136,8 @@ class _Scorer:
             used = (batch.sample == batch.position).tolist()
             for row, (sample, is_used) in enumerate(zip(batch.position.tolist(), used, strict=True)):
                 if is_used:
+                    if not all(isinstance(value[row], str) or math.isfinite(value[row]) for value in columns.values()):
+                        raise WeftError(f"{self._name}: its embeddings are not finite (of {dataset.key(sample)!r})")
                     yield {"key": dataset.key(sample), **{name: values[row] for name, values in columns.items()}}
                 else:
                     left_out[first[sample]] += 1

@@ -352,7 +352,7 @@ class Checkpoint(Section):
 class Eval(Section):
     every: int = Field(500, ge=0, description="evaluate on data.test every N steps; 0: only at the end")
     batch: int = Field(128, ge=1, description="number of samples embedded at once")
-    samples: int = Field(1024, ge=2, description="evaluate at most N test samples")
+    samples: int = Field(1024, ge=2, description="evaluate at most N test samples, spread over the whole set")
     templates: tuple[str, ...] = Field(
         ("{}", "a {}", "a picture of a {}"),
         min_length=1,

@@ -7,7 +7,6 @@ why resuming needs weights, moments and one integer.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -18,7 +17,6 @@ import torch
 
 import kernels
 from data_pipeline import Dataset, Joined
-from data_pipeline.index import written_whole
 from pretrain import run_folder
 from pretrain.agreement import refuse_different_ranks
 from pretrain.certificate import Certificate
@@ -28,12 +26,12 @@ from pretrain.checkpoint.save import Saver
 from pretrain.checkpoint.warm_start import WarmStart, find_warm_start
 from pretrain.config import Recipe
 from pretrain.errors import WeftError
-from pretrain.evaluation.evaluate import evaluate, summary
+from pretrain.evaluations import Evaluations
 from pretrain.flops import peak_tflops, training_flops_per_sample
 from pretrain.guard import Guard
 from pretrain.ingest import ingest
 from pretrain.job import this_job
-from pretrain.metrics import EXAMPLES, Clock, ProgressLine, RunLog, WaitHint, duration, peak_memory_gib
+from pretrain.metrics import Clock, ProgressLine, RunLog, WaitHint, duration, peak_memory_gib
 from pretrain.parallel.build import build_model
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.first import from_first
@@ -103,7 +101,11 @@ def _train(
     start = checkpoint.step if checkpoint else 0
     stop = min(settings.steps, settings.stop_at or settings.steps)
     line = ProgressLine(stop, settings.global_batch)
-    if start >= stop:
+    evaluations = Evaluations(recipe, test, stop, ranks, line.say)
+    guard = Guard(settings, run, checkpoint.guard if checkpoint else None)
+    if start >= stop and not evaluations.missing(start):
+        if problem := guard.problem or evaluations.problem:
+            raise WeftError(_diverged(run, start, problem))
         if ranks.is_first:
             line.say(
                 f"{run} is trained to step {start} of {settings.steps}: nothing to do; `weft eval {run}` scores it"
@@ -114,8 +116,9 @@ def _train(
         checkpoint = whole_checkpoint(candidates, ranks, line.say)
         start = checkpoint.step if checkpoint else 0
     warm = None if checkpoint else find_warm_start(recipe)
-    record = warm.record() if warm else None
-    from_first(lambda: run_folder.begin(recipe, layout, dataset.fingerprint, start, record), ranks)
+    if start < stop:
+        record = warm.record() if warm else None
+        from_first(lambda: run_folder.begin(recipe, layout, dataset.fingerprint, start, record), ranks)
     tokenizer = tokenizer_of(recipe, dataset, _given_tokenizer(recipe, checkpoint, warm), ranks)
 
     model = build_model(recipe, layout, ranks)
@@ -136,6 +139,17 @@ def _train(
             + (f"; resuming at step {start}" if start else f"; starting from {warm}" if warm else "")
         )
 
+    if start >= stop:
+        watchdog.phase("evaluate", start)
+        with ExitStack() as stack:
+            stack.callback(engine.close)
+            log = stack.enter_context(RunLog(run, start)) if ranks.is_first else None
+            if ranks.is_first:
+                line.say(f"{run} is trained to step {start}, and its last evaluation is missing: evaluating")
+            evaluations.run(engine, tokenizer, start, log)
+            _refuse_diverged(run, start, engine, guard, evaluations)
+        return 0
+
     order = reading_order(recipe, dataset, picture_aspects(recipe, dataset, ranks))
     if ranks.is_first and (shapes := shapes_of(order)):
         line.say(shapes)
@@ -143,6 +157,7 @@ def _train(
     waiting_hint = WaitHint(recipe.data.loader, recipe.data.workers, layout.world, os.cpu_count() or 1)
     guard = Guard(settings, run, checkpoint.guard if checkpoint else None)
     certificate = Certificate(dataset.fingerprint, checkpoint.order if checkpoint else "")
+    missed = checkpoint is not None and evaluations.missing(start)
     with ExitStack() as stack:
         stack.callback(engine.close)
         log = stack.enter_context(RunLog(run, start)) if ranks.is_first else None
@@ -151,6 +166,10 @@ def _train(
         clock = Clock()
         saver = stack.enter_context(Saver(engine, run, recipe, tokenizer, dataset.fingerprint))
         save_due = False
+        if missed:  # a run that ended in it had saved before
+            watchdog.phase("evaluate", start)
+            evaluations.run(engine, tokenizer, start, log)
+            clock = Clock()
         for step in range(start, stop):
             watchdog.phase("data", step + 1)
             asked = time.perf_counter()
@@ -213,16 +232,13 @@ def _train(
             if saved:
                 saver.save(done, guard.memory(), str(certificate))
                 save_due = False
-            every = recipe.eval.every
-            evaluating = test is not None and not stopping and (done == stop or (every and done % every == 0))
+            evaluating = evaluations.due(done) and not stopping
             if last or (saved and evaluating):
                 saver.finish()  # an error of one rank in it would leave what is still being written without a name
-            if test is not None and evaluating:
+            if evaluating:
                 watchdog.phase("evaluate", done)
                 try:
-                    evaluation = evaluate(
-                        Interruptible(engine, ranks, stop_signal), test, tokenizer, recipe.model, recipe.eval, ranks
-                    )
+                    evaluations.run(Interruptible(engine, ranks, stop_signal), tokenizer, done, log)
                 except StopAskedError:  # raised on every rank
                     stopping = True
                 except Exception as error:
@@ -233,11 +249,6 @@ def _train(
                             saver.save(done, guard.memory(), str(certificate))
                         saver.finish()
                     raise
-                if log and not stopping:
-                    log.evaluation({"step": done, "samples": done * settings.global_batch, **evaluation.scores})
-                    with written_whole(run / EXAMPLES) as unfinished:
-                        unfinished.write_text(json.dumps(evaluation.examples) + "\n", encoding="utf-8")
-                    line.say(f"step {done}: " + summary(evaluation.scores))
             watchdog.phase("save", done)
             if stopping and not last:  # while it evaluated
                 batches.close()
@@ -252,6 +263,7 @@ def _train(
                     line.say(f"stopped at step {done} and saved to {step_folder(run, done)}; to go on: {command}")
                 return 128 + (stop_signal[0] if stop_signal else signal.SIGTERM)
         watchdog.phase("finish", stop)
+        _refuse_diverged(run, stop, engine, guard, evaluations)
     if ranks.is_first:
         if damaged := quarantine.sum_up():
             line.say(damaged)
@@ -266,3 +278,19 @@ def _given_tokenizer(recipe: Recipe, checkpoint: Checkpoint | None, warm: WarmSt
     if warm and warm.brings_tokenizer and not recipe.data.tokenizer:
         return warm.checkpoint.path / TOKENIZER
     return None
+
+
+def _refuse_diverged(run: Path, step: int, engine: Engine, guard: Guard, evaluations: Evaluations) -> None:
+    """WeftError when a run ends with a model that is of no use; every rank calls this."""
+    problem = guard.problem or ("" if engine.parameters_are_finite() else "its parameters are not finite")
+    if problem or evaluations.problem:
+        raise WeftError(_diverged(run, step, problem or evaluations.problem))
+
+
+def _diverged(run: Path, step: int, problem: str) -> str:
+    return (
+        f"{run} diverged: at step {step}, {problem}; start again in another run.dir with a lower train.lr, "
+        "or a longer train.warmup"
+    )
+
+

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 
 from data_pipeline import Tokenizer
@@ -129,10 +128,7 @@ def _refuse_misfits(mine: dict[str, list[int]], warm: WarmStart) -> None:
 
 def of_all_ranks(mine: Any, ranks: Ranks) -> list[Any]:
     """What each rank calls this with, on every rank."""
-    everyone = [mine] * ranks.world
-    if ranks.world > 1:
-        dist.all_gather_object(everyone, mine, group=ranks.control_group)
-    return everyone
+    return ranks.of_all(mine)
 
 
 def load_model(path: str | Path, device: str = "cpu") -> tuple[DualEncoder | Captioner, Tokenizer, Recipe]:

@@ -1,6 +1,7 @@
-"""Zero-shot classification: the class whose prompts are nearest to the picture (Radford et al. 2021, section 3.1).
+"""Zero-shot classification: the class whose prompts are nearest to the image (Radford et al. 2021, section 3.1).
 
 A class is the mean of the embeddings of its prompts ("a picture of a red star"), brought back to unit length.
+Ties count against the model, and so does what is not finite.
 """
 
 from __future__ import annotations
@@ -18,18 +19,21 @@ def zero_shot_scores(
     labels: Sequence[str],
     templates: Sequence[str],
     embed: Callable[[list[str]], torch.Tensor],
+    classes: Sequence[str] | None = None,
 ) -> dict[str, object]:
-    """Top-1 and top-5 accuracy over the distinct labels; `embed` makes prompts into unit embeddings [n, E].
+    """Top-1 and top-5 accuracy over `classes` (default: the labels); `embed` makes prompts into unit embeddings [n, E].
 
-    Also "classes", "pictures" and "chance" (top-1 of a coin).
+    Also "classes", "images" and "chance" (top-1 of guessing).
     """
-    classes = sorted(set(labels))
-    prompts = [template.replace("{}", name) for name in classes for template in templates]
-    prompt_CTE = embed(prompts).reshape(len(classes), len(templates), -1)
+    names = sorted(set(labels).union(classes or ()))
+    prompts = [template.replace("{}", name) for name in names for template in templates]
+    prompt_CTE = embed(prompts).reshape(len(names), len(templates), -1)
     class_CE = F.normalize(prompt_CTE.mean(1), dim=1)
-    own_N = torch.tensor([classes.index(label) for label in labels])
+    number = {name: place for place, name in enumerate(names)}
+    own_N = torch.tensor([number[label] for label in labels])
     similarity_NC = image_NE @ class_CE.T
-    own = similarity_NC.gather(1, own_N[:, None])
-    ahead = (similarity_NC >= own).sum(1) - 1  # ties count against the model
-    scores = {f"top{k}": float((ahead < k).double().mean()) for k in KS}
-    return {**scores, "classes": len(classes), "pictures": len(labels), "chance": 1 / len(classes)}
+    own_N1 = similarity_NC.gather(1, own_N[:, None])
+    ahead_N = (~(similarity_NC < own_N1)).sum(1) - 1  # its own is not ahead of itself; a comparison with NaN is false
+    usable_N = own_N1[:, 0].isfinite()
+    scores = {f"top{k}": float(((ahead_N < k) & usable_N).double().mean()) for k in KS}
+    return {**scores, "classes": len(names), "images": len(labels), "chance": 1 / len(names)}

@@ -22,7 +22,7 @@ from pretrain.models.pieces import parameters_by_name
 from pretrain.parallel.embedding_cache import JointLoss, Outcome, step_at_once, step_in_stages, step_with_cache
 from pretrain.parallel.groups import Ranks
 from pretrain.parallel.layout import Layout
-from pretrain.parallel.pipeline import Pipeline
+from pretrain.parallel.pipeline import Inputs, Pipeline
 from pretrain.parallel.token_losses import TokenLoss, step_tokens, step_tokens_in_stages
 from pretrain.parallel.zero import Zero
 
@@ -94,6 +94,12 @@ class Engine:
 
     # --- for evaluation
 
+    def parameters_are_finite(self) -> bool:
+        """Whether all parameters are, on every rank."""
+        held = [getattr(each, "ds_tensor", each).detach() for each in self.model.parameters()]  # a piece under ZeRO-3
+        bad = sum(int((~each.isfinite()).sum()) for each in held)
+        return not int(self.ranks.agree(torch.tensor([bad])))
+
     @torch.no_grad()
     def token_losses(self, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """The sum of the cross entropies of a captioner, [], over this rank's rows; on the last stage."""
@@ -103,8 +109,8 @@ class Engine:
         if self.layout.pp == 1:
             return model.token_losses(image, text)
         (length,) = self._lengths.values()
-        found = self._pipeline.outputs(model.decoder, [(image, text)], length)
-        return found[0] if found else torch.zeros((), device=text.device)
+        found = self._pipeline.outputs(model.decoder, self._microbatches(image, text), length)
+        return torch.stack(found).sum() if found else torch.zeros((), device=text.device)
 
     def encode_image(self, image: torch.Tensor) -> torch.Tensor:
         """uint8 [B, 3, size, size] -> fp32 [B, E], unit length, on every rank."""
@@ -123,6 +129,18 @@ class Engine:
         if self.layout.pp == 1:
             embedding: torch.Tensor = chunks[0](inputs)
             return embedding
-        found = self._pipeline.outputs(chunks, [(inputs,)], self._lengths[tower])
-        shape = (len(inputs), self._embed_dim)
-        return self.ranks.from_last_stage(found[0] if found else torch.empty(shape, device=inputs.device))
+        parts = self._microbatches(inputs)
+        found = self._pipeline.outputs(chunks, parts, self._lengths[tower])
+        shape = (len(parts) * len(parts[0][0]), self._embed_dim)
+        embedding = torch.cat(found) if found else torch.empty(shape, device=inputs.device)
+        return self.ranks.from_last_stage(embedding)[: len(inputs)]
+
+    def _microbatches(self, *inputs: torch.Tensor) -> list[Inputs]:
+        """Rows as microbatches of one size: one, or where a stage has several chunks as many as there are stages.
+
+        What fills up the last one is blank: images of zeros, captions of padding alone, which predict nothing.
+        """
+        count = self.layout.pp if self.layout.vpp > 1 else 1
+        size = -(-len(inputs[0]) // count)
+        filled = [torch.cat([each, each.new_zeros(size * count - len(each), *each.shape[1:])]) for each in inputs]
+        return list(zip(*(each.split(size) for each in filled), strict=True))

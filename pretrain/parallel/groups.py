@@ -13,6 +13,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -80,6 +81,20 @@ class Ranks:
         if self.world > 1:
             dist.all_reduce(numbers, group=self.control_group)
         return numbers
+
+    def of_all(self, mine: Any) -> list[Any]:
+        """What each rank gives, rank 0 first, on every rank; it must pickle."""
+        everyone = [mine] * self.world
+        if self.world > 1:
+            dist.all_gather_object(everyone, mine, group=self.control_group)
+        return everyone
+
+    def of_first(self, mine: Any) -> Any:
+        """What rank 0 gives, on every rank; it must pickle."""
+        told = [mine]
+        if self.world > 1:
+            dist.broadcast_object_list(told, src=0, group=self.control_group)
+        return told[0]
 
 
 def world_size() -> int:

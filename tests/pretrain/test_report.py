@@ -103,12 +103,12 @@ def line(step: int, **changes: Any) -> dict[str, Any]:
 def evaluation(step: int, r10: float = 0.83, captions: int = 211) -> dict[str, Any]:
     recalls = {"r1": 0.314, "r5": 0.592, "r10": r10}
     ways = {"image_to_text": recalls, "text_to_image": {"r1": 0.271, "r5": 0.51, "r10": r10 + 0.011}}
-    chance = {"image_to_text": 10 / captions, "text_to_image": 10 / captions}
-    zero_shot = {"top1": 0.16, "top5": 0.7, "classes": 8, "pictures": 53, "chance": 0.125}
+    chance = {key: {f"r{k}": k / captions for k in (1, 5, 10)} for key in ("image_to_text", "text_to_image")}
+    zero_shot = {"top1": 0.16, "top5": 0.7, "classes": 8, "images": 53, "chance": 0.125}
     return {
         "step": step,
         "samples": step * 24,
-        "retrieval": {**ways, "pictures": 211, "captions": captions, "chance": chance},
+        "retrieval": {**ways, "images": 211, "captions": 1055, "distinct_captions": captions, "chance": chance},
         "zero_shot": zero_shot,
     }
 
@@ -286,7 +286,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     assert not page.open
     shown = " ".join(EVIL.split())
-    for section in ("Found pictures", "Unusable samples", "Configuration", "Environment"):
+    for section in ("Found images", "Unusable samples", "Configuration", "Environment"):
         assert shown in page.section(section)
     assert "step_<script>" in page.section("Checkpoints")
     assert "|a<b>&|" in page.text
@@ -310,12 +310,12 @@ def test_right_pictures_are_told_by_words(tmp_path: Path) -> None:
 
     examples = [query("first", 2), query("second", None)]
     run = run_folder(tmp_path / "r", [line(40)], evaluations=[evaluation(40)], examples=examples)
-    found = report(run).section("Found pictures")
-    assert "1 of 2 captions found a right picture among the nearest 3." in found
-    assert "|first|right picture in place 2|1|0.800|p1|✓ right|0.700|p2|3|0.600|p3|" in found
-    assert "|second|no right picture among the nearest 3|1|0.800|" in found
+    found = report(run).section("Found images")
+    assert "1 of 2 captions found a right image among the nearest 3." in found
+    assert "|first|right image in place 2|1|0.800|p1|✓ right|0.700|p2|3|0.600|p3|" in found
+    assert "|second|no right image among the nearest 3|1|0.800|" in found
     (run / "evaluation.jsonl").write_text("")  # a run that began again: the examples are of the one before it
-    found = report(run).section("Found pictures")
+    found = report(run).section("Found images")
     assert "of an earlier run" in found
     assert "first" not in found
 

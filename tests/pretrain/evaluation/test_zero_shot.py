@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -50,7 +51,7 @@ def test_is_the_nearest_class_mean(pictures: int, classes: int, templates: list[
     assert scores["top1"] == pytest.approx(by_hand(image, labels, templates, texts, 1))
     assert scores["top5"] == pytest.approx(by_hand(image, labels, templates, texts, 5))
     distinct = len(set(labels))
-    assert (scores["classes"], scores["pictures"]) == (distinct, pictures)
+    assert (scores["classes"], scores["images"]) == (distinct, pictures)
     assert scores["chance"] == pytest.approx(1 / distinct)
     assert len(texts.asked) == distinct * len(templates)
 
@@ -97,3 +98,27 @@ def test_a_few_classes_are_all_among_five() -> None:
     texts = Texts(4)
     image = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
     assert zero_shot_scores(image, list("abcde") * 2, ["{}"], texts)["top5"] == 1.0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_finds_nothing(bad: float) -> None:
+    directions, names = torch.eye(3), ["class 0", "class 1", "class 2"]
+
+    def embed(prompts: list[str]) -> torch.Tensor:
+        return directions[[names.index(prompt) for prompt in prompts]]
+
+    nothing = {"top1": 0.0, "top5": 0.0}
+    assert zero_shot_scores(directions * bad, names, ["{}"], embed).items() >= nothing.items()
+    assert zero_shot_scores(directions, names, ["{}"], lambda prompts: embed(prompts) * bad).items() >= nothing.items()
+
+
+def test_classes_that_no_image_has_are_candidates_too() -> None:
+    texts = {"a": [1.0, 0.0], "b": [0.0, 1.0], "c": [0.8, 0.6]}
+
+    def embed(prompts: list[str]) -> torch.Tensor:
+        return torch.tensor([texts[prompt] for prompt in prompts])
+
+    picture = F.normalize(torch.tensor([[0.7, 0.6]]), dim=1)
+    assert zero_shot_scores(picture, ["a"], ["{}"], embed)["top1"] == 1.0
+    scores = zero_shot_scores(picture, ["a"], ["{}"], embed, ["b", "c"])
+    assert (scores["top1"], scores["classes"], scores["chance"]) == (0.0, 3, 1 / 3)
