@@ -292,5 +292,3 @@ def _diverged(run: Path, step: int, problem: str) -> str:
         f"{run} diverged: at step {step}, {problem}; start again in another run.dir with a lower train.lr, "
         "or a longer train.warmup"
     )
-
-

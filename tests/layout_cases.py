@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import io
+import json
+import random
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
+from tars import tar_of
 
-from data_pipeline import Batch
+from data_pipeline import Batch, Tokenizer, open_dataset
 from data_pipeline.tokenizer import BOS, EOS, PAD
 from pretrain.checkpoint.state import make_moments, own_numbers, own_run
 from pretrain.config import Recipe, load_recipe
+from pretrain.evaluation.evaluate import evaluate
 from pretrain.models.initialise import sharded_axis
 from pretrain.models.pieces import Chunk
 from pretrain.parallel.build import build_model
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.groups import start_ranks, stop_ranks
 from pretrain.parallel.layout import Layout, lay_out
+from pretrain.sections import Eval
 
 BATCH, STEPS, LR = 16, 4, 1e-3
 TINY = [
@@ -48,6 +56,7 @@ class Trained:
     gradient_error: float = 0.0
     parameter_error: float = 0.0
     applied: dict[str, Any] = field(default_factory=dict)
+    scores: dict[str, Any] = field(default_factory=dict)  # of an evaluation behind the last step
 
 
 def recipe_of(model: str, overrides: list[str]) -> Recipe:
@@ -71,10 +80,40 @@ def made_up_batch(step: int) -> Batch:
     return Batch(image, text, places, places, [])
 
 
+def make_test_set(folder: Path) -> None:
+    """21 images of one colour a patch with up to three captions and a label each, stored class by class."""
+    words = random.Random(3)
+    files: list[tuple[str, bytes]] = []
+    captions: list[str] = []
+    for number in range(21):
+        pixels = np.random.default_rng(number).integers(0, 256, (4, 4, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+        image = io.BytesIO()
+        Image.fromarray(pixels).save(image, "PNG")
+        own = [
+            f"{words.choice('abcdef')} {words.randrange(10 ** words.randrange(1, 5))}" for _ in range(1 + number % 3)
+        ]
+        captions += own
+        told = {"captions": own, "label": f"class {number // 6}"}
+        files += [(f"{number:02d}.png", image.getvalue()), (f"{number:02d}.json", json.dumps(told).encode())]
+    (folder / "test").mkdir()
+    (folder / "test" / "0.tar").write_bytes(tar_of(files))
+    open_dataset(folder / "test")  # indexed before several ranks want to
+    Tokenizer.train(captions, 300).save(folder / "test.json")
+
+
 def train_case(
-    model: str, overrides: list[str], world: int, truth: Path, write: bool = False, label: str = ""
+    model: str,
+    overrides: list[str],
+    world: int,
+    truth: Path,
+    write: bool = False,
+    label: str = "",
+    evaluated: bool = False,
 ) -> Trained:
-    """STEPS steps under a layout on this rank; gradients and parameters are written to `truth`/label, or compared."""
+    """STEPS steps under a layout on this rank; gradients and parameters are written to `truth`/label, or compared.
+
+    evaluated: then the model is scored on the test set in `truth`, in batches of an odd size.
+    """
     recipe = recipe_of(model, overrides)
     layout = lay_out(recipe, world)
     ranks = start_ranks(layout, torch.device("cpu"))
@@ -100,6 +139,10 @@ def train_case(
         if write:
             torch.save(kept, truth / f"{label or model}.pt")
         trained.applied = _applied(engine, layout, seen)
+        if evaluated:
+            test, tokenizer = open_dataset(truth / "test"), Tokenizer.load(truth / "test.json")
+            # 3 rows do not divide by stages, and there is one batch too few or too many for most numbers of ranks
+            trained.scores = evaluate(engine, test, tokenizer, recipe.model, Eval(batch=3, samples=19), ranks).scores
         engine.close()
         return trained
     finally:

@@ -81,7 +81,7 @@ def evaluate(
             _zero_shot(found, image_NE, items, settings, classes, embed)
         if tasks is None or "retrieval" in tasks:
             _retrieval(found, image_NE, items, dataset, embed, ranks)
-        if not found.scores:
+        if not found.scores and (tasks is None or len(items) < 2):
             told = unusable[-1] if unusable else None
             why = f"; {told.key!r} in {told.shard}: {told.reason}" if told else ""
             count = f"{len(items)} usable sample{'s' * (len(items) != 1)}"
