@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data_pipeline import DataError, Dataset, decode_image
+from data_pipeline import Dataset, decode_image
+from data_pipeline.damage import opened
+from data_pipeline.errors import DamagedSampleError
 from pretrain.evaluation.retrieval import nearest
 from pretrain.evaluation.test_set import Item
 
@@ -47,11 +49,9 @@ def examples(
 def _thumbnail(dataset: Dataset, sample: int) -> str:
     """A small JPEG in base64; "" where the sample can no longer be read."""
     try:
-        read = dataset.read(sample)
-        if read.image_field is None:
-            return ""
-        image = Image.fromarray(decode_image(read.fields[read.image_field]))
-    except DataError:
+        with opened(dataset, sample) as read:
+            image = Image.fromarray(decode_image(read.fields[read.image_field or ""]))
+    except DamagedSampleError:
         return ""
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from data_pipeline import Corrupt, DataError, Dataset, ImageTransform, decode_image, sample_generator
+from data_pipeline.damage import cause_of, opened
 from data_pipeline.errors import DamagedSampleError
 from data_pipeline.index import written_whole
 from pretrain.errors import RequestError
@@ -62,21 +63,16 @@ def read_item(
 
     It needs an image and a caption; where `labels` count, a label will do for a caption.
     """
-    key = None
     try:
-        read = dataset.read(sample)
-        key = read.key
-        if read.image_field is None:
-            raise DamagedSampleError(key, "it has no image")
-        item = Item(sample, tuple(each for each in read.captions() if each.strip()), read.label())
-        if not item.captions and (item.label is None or not labels):
-            raise DamagedSampleError(key, "it has no caption")
-        return item, image(decode_image(read.fields[read.image_field]), None)
-    except DataError as error:
-        if key is None and not isinstance(error, DamagedSampleError):
-            raise  # the shard, not the sample
-        key = error.key if isinstance(error, DamagedSampleError) else key
-        return Corrupt(sample, str(key), dataset.shard_file(sample), str(error))
+        with opened(dataset, sample) as read:
+            if read.image_field is None:
+                raise DataError("it has no image")
+            item = Item(sample, tuple(each for each in read.captions() if each.strip()), read.label())
+            if not item.captions and (item.label is None or not labels):
+                raise DataError("it has no caption")
+            return item, image(decode_image(read.fields[read.image_field]), None)
+    except DamagedSampleError as error:
+        return Corrupt(sample, error.key, error.shard, error.reason, cause_of(error))
 
 
 def require_usable(dataset: Dataset, limit: int, captioner: bool) -> None:
