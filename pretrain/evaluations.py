@@ -7,9 +7,10 @@ from collections.abc import Callable
 from data_pipeline import Dataset, Tokenizer
 from data_pipeline.index import written_whole
 from pretrain.config import Recipe
+from pretrain.evaluation.captioning import Reader
 from pretrain.evaluation.evaluate import evaluate, summary
+from pretrain.evaluation.rounds import Encoder
 from pretrain.metrics import EVALUATION, EXAMPLES, RunLog, read_lines
-from pretrain.parallel.engine import Engine
 from pretrain.parallel.groups import Ranks
 from pretrain.sources import cache_of
 from pretrain.strict_json import strict_json
@@ -42,12 +43,12 @@ class Evaluations:
         missing, self.problem = told
         return missing
 
-    def run(self, engine: Engine, tokenizer: Tokenizer, step: int, log: RunLog | None) -> None:
+    def run(self, model: Encoder | Reader, tokenizer: Tokenizer, step: int, log: RunLog | None) -> None:
         """Evaluate, log it, and say the scores; what has been said once of the test set is not said again."""
         assert self._test is not None, "none is due without a test set"
         recipe = self._recipe
         found = evaluate(
-            engine,
+            model,
             self._test,
             tokenizer,
             recipe.model,

@@ -289,6 +289,6 @@ def _refuse_diverged(run: Path, step: int, engine: Engine, guard: Guard, evaluat
 
 def _diverged(run: Path, step: int, problem: str) -> str:
     return (
-        f"{run} diverged: at step {step}, {problem}; start again in another run.dir with a lower train.lr, "
-        "or a longer train.warmup"
+        f"{run} diverged: at step {step}, {problem}; start again in another run.dir with a lower train.lr or a longer "
+        "train.warmup, from the beginning or from an earlier checkpoint (train.init_from)"
     )
