@@ -157,7 +157,6 @@ def _train(
     waiting_hint = WaitHint(recipe.data.loader, recipe.data.workers, layout.world, os.cpu_count() or 1)
     guard = Guard(settings, run, checkpoint.guard if checkpoint else None)
     certificate = Certificate(dataset.fingerprint, checkpoint.order if checkpoint else "")
-    missed = checkpoint is not None and evaluations.missing(start)
     with ExitStack() as stack:
         stack.callback(engine.close)
         log = stack.enter_context(RunLog(run, start)) if ranks.is_first else None
@@ -166,10 +165,6 @@ def _train(
         clock = Clock()
         saver = stack.enter_context(Saver(engine, run, recipe, tokenizer, dataset.fingerprint))
         save_due = False
-        if missed:  # a run that ended in it had saved before
-            watchdog.phase("evaluate", start)
-            evaluations.run(engine, tokenizer, start, log)
-            clock = Clock()
         for step in range(start, stop):
             watchdog.phase("data", step + 1)
             asked = time.perf_counter()

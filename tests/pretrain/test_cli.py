@@ -128,7 +128,10 @@ def test_no_run_and_no_checkpoint_are_told_apart(mistake: Any, tmp_path: Path, c
 
 
 def test_a_task_that_there_is_none_of_is_refused(mistake: Any, tmp_path: Path) -> None:
-    assert mistake(2, "eval", tmp_path, "--task", "guess") == "--task is 'guess': use one of all, retrieval, zero_shot"
+    assert (
+        mistake(2, "eval", tmp_path, "--task", "guess")
+        == "--task is 'guess': use one of all, retrieval, zero_shot, captioning"
+    )
 
 
 @pytest.mark.parametrize(

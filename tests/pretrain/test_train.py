@@ -71,7 +71,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 def test_an_evaluation_that_fails_costs_no_step(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, error: Exception
 ) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise error
 
     monkeypatch.setattr(Engine, "encode_image", fail)
@@ -98,6 +98,22 @@ def test_a_stop_signal_ends_an_evaluation_at_once(
     assert go(data, run, f"data.test={data / 'test'}", f"eval.every={every}", "checkpoint.every=100") == 128 + 15
     assert steps(run) == [stop]
     assert read_lines(run / "evaluation.jsonl") == []
+
+
+def test_a_last_evaluation_that_is_missing_is_made_up_for(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, test = tmp_path / "run", [f"data.test={data / 'test'}", "train.steps=2", "eval.every=0"]
+    assert go(data, run, *test) == 0
+    scored, saved = read_lines(run / "evaluation.jsonl"), (find_checkpoint(run) / "checkpoint.json").stat()
+    assert [line["step"] for line in scored] == [2]
+    (run / "evaluation.jsonl").write_text("")
+    assert go(data, run, *test) == 0
+    assert read_lines(run / "evaluation.jsonl") == scored
+    assert (find_checkpoint(run) / "checkpoint.json").stat() == saved, "nothing is saved anew"
+    capsys.readouterr()
+    assert go(data, run, *test) == 0
+    assert "nothing to do" in capsys.readouterr().err
 
 
 # --- `latest`
@@ -246,7 +262,10 @@ def test_after_a_divergence_the_advice_can_be_followed(data: Path, finished: Pat
 def test_a_checkpoint_of_a_skipped_step_pushes_none_out(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     more = ["train.lr=1e12", "train.warmup=5", "train.steps=6", "train.max_skipped=50", "checkpoint.keep=1"]
-    go(data, run, *more, "checkpoint.every=1")
+    with pytest.raises(WeftError, match=r"diverged: at step 6, the last \d steps were skipped"):
+        go(data, run, *more, "checkpoint.every=1")
+    with pytest.raises(WeftError, match="diverged: at step 6"):
+        go(data, run, *more, "checkpoint.every=1")
     assert len(steps(run)) == 2, "that of the last step, and that before the steps which changed nothing"
     assert describe(run).guard["in_a_row"] > 0
 
