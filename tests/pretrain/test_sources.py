@@ -93,6 +93,6 @@ def test_a_mixture_goes_on_where_it_stopped(data: dict[str, Path], tmp_path: Pat
 def test_what_does_not_fit_is_refused(data: dict[str, Path]) -> None:
     with pytest.raises(RequestError, match="schedule has 1 weights at step 3 for 2 sources"):
         mixed(data, "data.schedule=[{step: 3, weights: [1]}]")
-    with pytest.raises(RequestError, match="each comes after the one before"):
+    with pytest.raises(RequestError, match="each must come after the one before"):
         mixed(data, "data.schedule=[{step: 3, weights: [1, 1]}, {step: 3, weights: [1, 2]}]")
     assert open_dataset(data["small"]).fingerprint != open_training_data(mixed(data)).fingerprint
