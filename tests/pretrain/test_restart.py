@@ -162,6 +162,23 @@ sys.exit(code)
 def test_a_sentence_that_only_another_rank_knows_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert _report([End(0, 1, 10), End(3, 1, 10, said="x.tar is damaged")]) == 1
     assert capsys.readouterr().err == "weft: rank 3: x.tar is damaged\n"
+    # rank 0 spoke too, but only of its lost peer
+    ends = [End(0, 1, 10, said="a connection was lost", lasting=False), End(1, 1, 10, said="no data set at x")]
+    assert _report(ends) == 1
+    assert capsys.readouterr().err == "weft: rank 1: no data set at x\n"
+    assert _report([End(0, 1, 10, said="the same"), End(1, 1, 10, said="the same")]) == 1
+    assert capsys.readouterr().err == "", "rank 0 has said it"
+
+
+def test_a_rank_that_was_killed_is_named_unless_restarts_did(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _report([KILLED, End(0, 1, 0)]) == 137
+    assert "rank 2 was killed by SIGKILL" in capsys.readouterr().err
+    assert _report([KILLED], said=True) == 137
+    assert capsys.readouterr().err == ""
+
+
+def test_a_sentence_that_may_not_last_is_tried_again() -> None:
+    assert next_ranks(End(1, 1, said="the connection was lost", lasting=False), 4, **AGAIN) == 4
 
 
 # --- whole jobs
