@@ -173,3 +173,13 @@ def test_missing_tables_columns_and_limits_are_refused(table: Path, tmp_path: Pa
 def test_rows_without_the_column_have_no_score(tmp_path: Path) -> None:
     table = write_table(tmp_path / "t.jsonl", [{"key": "a", "score": 1}, {"key": "b"}, {"key": "c", "score": None}])
     assert read_column(table, "score") == {"a": 1.0}
+
+
+def test_text_that_is_not_utf8_is_one_sentence(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    keys = arrow.array([b"a", b"b", b"caf\xe9"], arrow.binary()).view(arrow.string())
+    parquet.write_table(arrow.table({"key": keys, "score": [0.1, 0.2, 0.3]}), tmp_path / "scores.parquet")
+    with pytest.raises(DataError, match=r"scores\.parquet holds text that is not UTF-8 at row 3"):
+        read_column(tmp_path / "scores.parquet", "score")

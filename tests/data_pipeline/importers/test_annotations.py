@@ -98,3 +98,21 @@ def test_half_characters_and_no_object(tmp_path):
     (tmp_path / "x.json").write_text("1" * 5000)  # more digits than Python takes
     with pytest.raises(DataError, match="is not JSON"):
         read_json(tmp_path / "x.json")
+
+
+def test_a_quote_that_swallows_rows_is_refused(tmp_path):
+    header = "file_name,caption_1,caption_2"
+    (tmp_path / "x.csv").write_text(header + '\na.wav,"open,two\nb.wav,three,four"\nc.wav,five,six\n')
+    with pytest.raises(DataError, match=r"x\.csv line 3: a quote closes there .*'b\.wav,three,four'"):
+        list(rows(tmp_path / "x.csv", ["file_name", "caption_1"]))
+    (tmp_path / "y.csv").write_text("id,start,caption\n" + '1,0,"open\n2,5,closed"\n')
+    with pytest.raises(DataError, match=r"y\.csv line 3: a quote"):
+        list(rows(tmp_path / "y.csv", ["id", "caption"]))
+    (tmp_path / "z.csv").write_text(header + '\na.wav,"one,\n two, three",x\n')
+    assert [row["caption_2"] for _, row in rows(tmp_path / "z.csv", ["file_name"])] == ["x"]
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    (tmp_path / "x.csv").write_text("a,b,a\n1,2,3\n")
+    with pytest.raises(DataError, match="2 columns called 'a'"):
+        list(rows(tmp_path / "x.csv", ["a", "b"]))

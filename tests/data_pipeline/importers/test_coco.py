@@ -123,6 +123,14 @@ def test_what_cannot_be_used_is_told(coco, put, tmp_path, examine, image_bytes):
     assert "does not list it" in reasons["train2017 image 77"]
 
 
+def test_images_that_no_annotation_names_are_told(coco, put, tmp_path):
+    for name in ("x.jpg", "y.heic", "notes.txt", "z.GIF"):
+        put(f"train2017/{name}", b"?")
+    imported = import_coco(coco, tmp_path / "out", processes=0)
+    assert {skip.source for skip in imported.skipped} == {f"train2017/{name}" for name in ("x.jpg", "y.heic", "z.GIF")}
+    assert imported.reasons() == {"is not named in the annotations": 3}
+
+
 def test_only_val_was_downloaded(coco, tmp_path, examine):
     for path in (coco / "train2017").iterdir():
         path.unlink()

@@ -3,8 +3,10 @@
 import json
 import os
 import unicodedata
+import warnings
 
 import pytest
+from PIL import Image
 
 from data_pipeline.errors import DataError
 from data_pipeline.importers.folder import import_folder
@@ -393,3 +395,16 @@ def test_a_caption_file_without_an_image_is_told(put, run, also):
     )
     _, skipped = run()
     assert skipped.keys() == {"b.txt", "c.caption", "d/e.txt", "captions.csv: f.png"}
+
+
+def test_what_pillow_warns_of_is_no_line_on_the_screen(put, run, recwarn, image_bytes, monkeypatch):
+    real = Image.open
+
+    def warn(*arguments, **options):
+        warnings.warn("Image appears to be a malformed MPO file", UserWarning, stacklevel=2)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(Image, "open", warn)
+    put("a.png", "a")
+    assert len(run()[0]) == 1
+    assert not recwarn.list
