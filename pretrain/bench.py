@@ -7,6 +7,10 @@ is measured alone.
 
 Beside the time: the share of a step in which a collective or a message between stages is under way on this rank, by
 torch's profiler, waiting for the others included; and the bytes that autograd keeps for backward at the worst moment.
+
+Plain torch runs twice: as it comes, and with its best settings for the device (one fused kernel for all of AdamW). The
+ratio is against the faster of the two. All run in one process, so what weft sets there for glibc's allocator serves
+them all.
 """
 
 from __future__ import annotations
@@ -41,7 +45,10 @@ ROUNDS, STEPS_A_ROUND = 7, 4
 
 @dataclass(frozen=True)
 class StepBench:
-    """Seconds are medians over rounds of one step on the global batch; ratio = weft / plain, below 1 is faster."""
+    """Seconds are medians over rounds of one step on the global batch.
+
+    ratio = weft / the faster plain torch; below 1 weft is faster.
+    """
 
     layout: str
     device: str
@@ -52,13 +59,16 @@ class StepBench:
     weft_gflops: float
     communication: float  # share of a step, 0 to 1
     activations: int  # bytes that autograd keeps
-    plain_seconds: float | None = None
+    plain_seconds: float | None = None  # AdamW as it comes
+    plain_fused_seconds: float | None = None
     first_loss_difference: float | None = None
 
     @property
     def ratio(self) -> float | None:
-        """Time of ours over time of plain torch."""
-        return self.weft_seconds / self.plain_seconds if self.plain_seconds else None
+        """Time of ours over time of plain torch with the better of its settings."""
+        if self.plain_seconds is None or self.plain_fused_seconds is None:
+            return None
+        return self.weft_seconds / min(self.plain_seconds, self.plain_fused_seconds)
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
@@ -74,11 +84,15 @@ class StepBench:
         )
 
     def _peer(self) -> str:
-        if self.plain_seconds is None:
+        if self.plain_seconds is None or self.plain_fused_seconds is None:
             return "  no peer: plain torch does not cut models"
+        rows = (("plain torch ", self.plain_seconds), ("  fused AdamW", self.plain_fused_seconds))
         return (
-            f"  plain torch  {self.plain_seconds:.4f} s a step, {self.global_batch / self.plain_seconds:.0f} samples/s"
-            f"\n  weft / plain torch = {self.ratio:.3f} (below 1: weft is faster); first losses differ by "
+            "\n".join(
+                f"  {name} {seconds:.4f} s a step, {self.global_batch / seconds:.0f} samples/s"
+                for name, seconds in rows
+            )
+            + f"\n  weft / the faster plain torch = {self.ratio:.3f} (below 1: weft is faster); first losses differ by "
             f"{self.first_loss_difference:.1e}"
         )
 
@@ -98,8 +112,9 @@ def bench_training_step(recipe: Recipe) -> StepBench | None:
         parameters = list(model.parameters())
         steps: dict[str, Step] = {}
         if layout.tp * layout.pp * layout.cp == 1:
-            plain = PlainDualEncoder.from_weft(model, recipe.model).to(ranks.device)
-            steps["plain"] = _plain_step(plain, recipe, ranks)
+            for name, fused in (("plain", None), ("fused", True)):
+                plain = PlainDualEncoder.from_weft(model, recipe.model).to(ranks.device)
+                steps[name] = _plain_step(plain, recipe, ranks, fused)
         steps["weft"] = _weft_step(model, recipe, ranks)
         batches = [_random_batch(recipe, layout.share, ranks, number) for number in range(STEPS_A_ROUND)]
         first = {name: step(batches[0]) for name, step in steps.items()}
@@ -123,6 +138,7 @@ def bench_training_step(recipe: Recipe) -> StepBench | None:
             communication=communication,
             activations=saved.peak,
             plain_seconds=statistics.median(seconds["plain"]) if compared else None,
+            plain_fused_seconds=statistics.median(seconds["fused"]) if compared else None,
             first_loss_difference=abs(first["weft"] - first["plain"]) if compared else None,
         )
     finally:
@@ -168,11 +184,15 @@ def _weft_step(model: DualEncoder, recipe: Recipe, ranks: Ranks) -> Step:
     return lambda batch: engine.step(batch, recipe.train.lr).loss
 
 
-def _plain_step(plain: PlainDualEncoder, recipe: Recipe, ranks: Ranks) -> Step:
+def _plain_step(plain: PlainDualEncoder, recipe: Recipe, ranks: Ranks, fused: bool | None) -> Step:
     train = recipe.train
     wrapped = DistributedDataParallel(plain, process_group=ranks.dp_group)
     optimizer = torch.optim.AdamW(
-        parameter_groups(plain, train.weight_decay), lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps
+        parameter_groups(plain, train.weight_decay),
+        lr=train.lr,
+        betas=(train.beta1, train.beta2),
+        eps=train.eps,
+        fused=fused,
     )
     half = train.precision == "bf16"
 

@@ -2,6 +2,7 @@
 
 Convention: a multiply-add is 2 operations; only matrix products count (projections, feed-forward, attention scores and
 values); a causal mask does not halve attention, since the usual kernels do the work anyway. Backward is twice forward.
+The last layer of a text tower counts whole, though without a cut sequence only its pooled row is computed.
 Source of the convention: Kaplan et al. 2020, "Scaling Laws for Neural Language Models", table 1, with attention added.
 """
 

@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from kernels import linear_cross_entropy
 from pretrain.models.pieces import Build, Chunk, Piece, pieces
 from pretrain.models.towers import Patches, end_marks, token_table
-from pretrain.models.transformer import build_block, cut_sequence, join_sequence, mark_tensor_parallel
+from pretrain.models.transformer import build_block, cut_sequence, join_sequence, mark_tensor_parallel, through
 from pretrain.sections import Model
 
 NOTHING = -100  # the target of a row that predicts nothing
@@ -46,7 +46,7 @@ class Decoder(Chunk):
     def forward(self, image: torch.Tensor, text_BS: torch.Tensor) -> torch.Tensor:
         """Hidden states [S, B, D]; of the last chunk the sum of its rows' cross entropies. The image may be empty."""
         hidden_SBD = self._embed(image, text_BS) if self.piece.first else None
-        hidden_SBD = self.block(hidden_SBD, attention_mask=None)
+        hidden_SBD = through(self.block, hidden_SBD, self.build)
         if not self.piece.last:
             return hidden_SBD
         hidden_SBD = join_sequence(hidden_SBD, self.build, context=False)

@@ -33,6 +33,14 @@ class Build:
     sequence_parallel: bool = False
     recompute: str = "none"
 
+    @property
+    def batch_first(self) -> bool:
+        """Whether blocks work on [B, S, D]: attention then reads and writes memory in order.
+
+        Megatron-core's [S, B, D] is needed only where ranks cut the sequence or hand hidden states over.
+        """
+        return self.pp == self.cp == 1 and not self.sequence_parallel
+
 
 @dataclass(frozen=True)
 class Piece:

@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from data_pipeline.tokenizer import EOS
 from pretrain.models.pieces import Build, Chunk, Piece
-from pretrain.models.transformer import build_block, cut_sequence, join_sequence
+from pretrain.models.transformer import build_block, cut_sequence, join_sequence, through
 from pretrain.sections import Text, Vision
 
 
@@ -36,7 +36,7 @@ class VisionTower(Chunk):
 
     def forward(self, image_BCHW: torch.Tensor) -> torch.Tensor:
         hidden_SBD = self._embed(image_BCHW) if self.piece.first else None
-        hidden_SBD = self.block(hidden_SBD, attention_mask=None)
+        hidden_SBD = through(self.block, hidden_SBD, self.build)
         if not self.piece.last:
             return hidden_SBD
         hidden_SBD = join_sequence(hidden_SBD, self.build)
@@ -55,11 +55,13 @@ class TextTower(Chunk):
 
     def __init__(self, config: Text, embed_dim: int, piece: Piece, build: Build) -> None:
         super().__init__()
-        self.causal, self.piece, self.build = config.causal, piece, build
+        self.piece, self.build = piece, build
         if piece.first:
             self.tokens = token_table(config, build)
             self.positions = torch.nn.Parameter(torch.empty(config.context, config.width, dtype=build.dtype))
-        self.block = build_block(config, piece, build, causal=config.causal)
+        # one row a sample is wanted of the last layer; ranks that cut the sequence or the layers do it whole
+        self.pooled = build.batch_first
+        self.block = build_block(config, piece, build, causal=config.causal, pooled=self.pooled)
         if piece.last:
             self.projection = torch.nn.Linear(config.width, embed_dim, bias=False, dtype=build.dtype)
 
@@ -69,10 +71,11 @@ class TextTower(Chunk):
         if self.piece.first:
             hidden_SBD = self.tokens(text_BS).transpose(0, 1) + self.positions[: text_BS.shape[1], None]
             hidden_SBD = cut_sequence(hidden_SBD, self.build)
-        lengths = None if self.causal else end_B + 1  # behind the end mark there is only padding
-        hidden_SBD = self.block(hidden_SBD, attention_mask=lengths)
+        hidden_SBD = through(self.block, hidden_SBD, self.build, end_B + 1)  # behind the end mark is only padding
         if not self.piece.last:
             return hidden_SBD
+        if self.pooled:
+            return normalise(self.projection(hidden_SBD[0]))
         hidden_SBD = join_sequence(hidden_SBD, self.build)
         return normalise(self.projection(hidden_SBD[end_B, torch.arange(len(end_B), device=end_B.device)]))
 
@@ -97,8 +100,8 @@ class Patches(torch.nn.Module):
             self.register_buffer("grid", sincos_2d(grid, grid, width).to(dtype), persistent=False)
 
     def forward(self, image_BCHW: torch.Tensor) -> torch.Tensor:
-        pixels = image_BCHW.to(self.linear.weight.dtype) / 127.5 - 1
-        hidden_SBD = self.linear(cut_into_patches(pixels, self.patch)).transpose(0, 1)
+        pixels = cut_into_patches(image_BCHW, self.patch).to(self.linear.weight.dtype) / 127.5 - 1
+        hidden_SBD = self.linear(pixels).transpose(0, 1)
         rows, columns = (side // self.patch for side in image_BCHW.shape[2:])
         return hidden_SBD + self._positions(rows, columns).to(hidden_SBD)[:, None]
 

@@ -3,6 +3,9 @@
 Megatron-core brings the tensor parallel linear layers, the residual structure and recomputation; the two parts where
 our kernels run come in through the layer spec. Nothing here knows how many ranks there are.
 
+A block works on [S, B, D], or on [B, S, D] where the build is `batch_first`; `through` takes and gives [S, B, D].
+What is said below of [S, B, ...] holds for [B, S, ...] then.
+
 Axes: S sequence, B batch, H heads of this rank, K size of a head, D width.
 """
 
@@ -57,6 +60,7 @@ class Norm(torch.nn.Module):
 class CoreAttention(torch.nn.Module):
     """softmax(q k^T / sqrt(K)) v, through our kernel. `attention_mask`: how many keys [B] to look at, or None.
 
+    pooled: only the last of these keys asks, and the output has a sequence of 1.
     Context parallel ranks hold consecutive pieces of the sequence: each gathers the keys and values of all, and with a
     causal mask looks at those up to the end of its own piece (Llama 3, Dubey et al. 2024, section 3.3.2).
     """
@@ -67,10 +71,13 @@ class CoreAttention(torch.nn.Module):
         layer_number: int,
         attn_mask_type: AttnMaskType,
         backend: str = "auto",
+        batch_first: bool = False,
+        pooled: bool = False,
         **_: object,
     ) -> None:
         super().__init__()
         self.causal, self.backend = attn_mask_type == AttnMaskType.causal, backend
+        self.batch_first, self.pooled = batch_first, pooled
         self.context_group = parallel_state.get_context_parallel_group()
 
     def forward(
@@ -86,9 +93,15 @@ class CoreAttention(torch.nn.Module):
             k_SBHK, v_SBHK = (
                 gather_from_sequence_parallel_region(each, group=self.context_group)[:seen] for each in (k_SBHK, v_SBHK)
             )
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBHK, k_SBHK, v_SBHK))
-        out_BHSK = attention(q, k, v, causal=self.causal, key_lengths_B=attention_mask, backend=self.backend)
-        return out_BHSK.permute(2, 0, 1, 3).flatten(2)
+        if self.pooled:
+            assert attention_mask is not None
+            q_SBHK = last_rows(q_SBHK, attention_mask)
+        to_BHSK = (0, 2, 1, 3) if self.batch_first else (1, 2, 0, 3)
+        q, k, v = (x.permute(to_BHSK) for x in (q_SBHK, k_SBHK, v_SBHK))
+        causal = self.causal and not self.pooled
+        lengths_B = None if causal else attention_mask  # with a causal mask no query sees what lies behind it
+        out_BHSK = attention(q, k, v, causal=causal, key_lengths_B=lengths_B, backend=self.backend)
+        return out_BHSK.permute((0, 2, 1, 3) if self.batch_first else (2, 0, 1, 3)).flatten(2)
 
 
 class ColumnLinear(ColumnParallelLinear):
@@ -109,10 +122,33 @@ class RowLinear(RowParallelLinear):
         return F.linear(input_, self.weight, self.bias), None
 
 
-def build_block(tower: Tower, piece: Piece, build: Build, *, causal: bool) -> TransformerBlock:
-    """A chunk of a pre-norm transformer, the last one with its final norm: [S, B, D] -> [S, B, D].
+class PooledLayer(TransformerLayer):
+    """A layer of which one row a sample is wanted, the last that it may look at: [B, S, D] -> [B, 1, D].
 
-    Parameters are left for `initialise`.
+    Keys and values are those of all rows; the query, the output and the feed-forward part are of that row alone.
+    """
+
+    def _forward_attention(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor, **_: object
+    ) -> tuple[torch.Tensor, None]:
+        attended_with_bias = self.self_attention(self.input_layernorm(hidden_states), attention_mask=attention_mask)
+        residual = last_rows(hidden_states, attention_mask)
+        with self.bias_dropout_add_exec_handler():
+            add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
+            return add(attended_with_bias, residual, self.hidden_dropout), None
+
+
+def last_rows(x_BS: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
+    """The last row of the first `lengths` ones of each sample: [B, S, ...] -> [B, 1, ...]."""
+    batch, length = x_BS.shape[:2]
+    rows_B = torch.arange(batch, device=x_BS.device) * length + lengths_B - 1
+    return x_BS.flatten(0, 1).index_select(0, rows_B).unsqueeze(1)
+
+
+def build_block(tower: Tower, piece: Piece, build: Build, *, causal: bool, pooled: bool = False) -> TransformerBlock:
+    """A chunk of a pre-norm transformer, the last one with its final norm.
+
+    pooled: the last layer is a `PooledLayer`; needs `build.batch_first`. Parameters are left for `initialise`.
     """
     config = TransformerConfig(
         num_layers=tower.layers,
@@ -145,35 +181,56 @@ def build_block(tower: Tower, piece: Piece, build: Build, *, causal: bool) -> Tr
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
     )
-    norm = ModuleSpec(module=Norm, params={"backend": build.kernels.norm})
-    layer = ModuleSpec(
-        module=TransformerLayer,
+    layers = [_layer(build, causal, pooled=False)] * (tower.layers // (build.pp * build.vpp))
+    if pooled:
+        layers[-1] = _layer(build, causal, pooled=True)
+    return TransformerBlock(
+        config,
+        TransformerBlockSubmodules(layer_specs=layers, layer_norm=_norm(build)),
+        pre_process=piece.first,
+        post_process=piece.last,
+        vp_stage=piece.chunk if build.vpp > 1 else None,
+    )
+
+
+def _norm(build: Build) -> ModuleSpec:
+    return ModuleSpec(module=Norm, params={"backend": build.kernels.norm})
+
+
+def _layer(build: Build, causal: bool, *, pooled: bool) -> ModuleSpec:
+    settings = {"backend": build.kernels.attention, "batch_first": build.batch_first, "pooled": pooled}
+    return ModuleSpec(
+        module=PooledLayer if pooled else TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
+            input_layernorm=_norm(build),
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.no_mask},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnLinear,
-                    core_attention=ModuleSpec(module=CoreAttention, params={"backend": build.kernels.attention}),
+                    core_attention=ModuleSpec(module=CoreAttention, params=settings),
                     linear_proj=RowLinear,
                     q_layernorm=IdentityOp,
                     k_layernorm=IdentityOp,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm,
+            pre_mlp_layernorm=_norm(build),
             mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)),
             mlp_bda=get_bias_dropout_add,
         ),
     )
-    return TransformerBlock(
-        config,
-        TransformerBlockSubmodules(layer_specs=[layer] * (tower.layers // (build.pp * build.vpp)), layer_norm=norm),
-        pre_process=piece.first,
-        post_process=piece.last,
-        vp_stage=piece.chunk if build.vpp > 1 else None,
-    )
+
+
+def through(
+    block: TransformerBlock, hidden_SBD: torch.Tensor | None, build: Build, lengths_B: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Hidden states after a block; None where the stage before has set them. lengths: of what may be looked at."""
+    if not build.batch_first or hidden_SBD is None:
+        after_SBD: torch.Tensor = block(hidden_SBD, attention_mask=lengths_B)
+        return after_SBD
+    after_BSD: torch.Tensor = block(hidden_SBD.transpose(0, 1).contiguous(), attention_mask=lengths_B)
+    return after_BSD.transpose(0, 1)
 
 
 def cut_sequence(hidden_SBD: torch.Tensor, build: Build) -> torch.Tensor:
@@ -182,7 +239,7 @@ def cut_sequence(hidden_SBD: torch.Tensor, build: Build) -> torch.Tensor:
         hidden_SBD = hidden_SBD.chunk(build.cp)[parallel_state.get_context_parallel_rank()]
     if build.sequence_parallel:
         hidden_SBD = scatter_to_sequence_parallel_region(hidden_SBD)
-    return hidden_SBD.contiguous()
+    return hidden_SBD if build.batch_first else hidden_SBD.contiguous()
 
 
 def join_sequence(hidden_SBD: torch.Tensor, build: Build, *, context: bool = True) -> torch.Tensor:

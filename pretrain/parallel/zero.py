@@ -53,6 +53,8 @@ class Zero:
                 lr=train.lr,
                 betas=(train.beta1, train.beta2),
                 eps=train.eps,
+                # one pass over weight, gradient and moments; what DeepSpeed steps lies flat on the CPU
+                fused=ranks.device.type == "cpu" or None,
             ),
             mpu=DeepSpeedGroups(ranks),
             dist_init_required=False,

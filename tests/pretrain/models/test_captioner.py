@@ -53,7 +53,7 @@ def test_the_loss_is_the_cross_entropy_of_each_next_token(alone: Ranks, position
     seen: list[torch.Tensor] = []
     decoder.block.register_forward_hook(lambda _, __, output: seen.append(output))
     found = model(images(3), CAPTIONS)["token_losses"]
-    logits = seen[0][4:].transpose(0, 1) @ decoder.tokens.weight.T
+    logits = seen[0][:, 4:] @ decoder.tokens.weight.T
     expected = sum(
         F.cross_entropy(logits[row, place].double(), CAPTIONS[row, place + 1])
         for row, end in enumerate((4, 1, 6))
@@ -73,7 +73,7 @@ def test_a_prediction_sees_the_picture_and_what_is_before_it(alone: Ranks) -> No
     decoder.block.register_forward_hook(lambda _, __, output: seen.append(output))
     model.token_losses(images(1), caption(5, 6, 7)[None])
     model.token_losses(images(1), caption(5, 8, 7)[None])
-    changed = (seen[0] - seen[1])[:, 0].norm(dim=1) > 1e-5
+    changed = (seen[0] - seen[1])[0].norm(dim=1) > 1e-5
     assert changed.tolist() == [False] * (4 + 2) + [True] * (CONTEXT - 2)
 
 

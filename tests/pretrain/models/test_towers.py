@@ -10,11 +10,12 @@ import torch
 from data_pipeline.tokenizer import EOS
 from pretrain.models.dual import DualEncoder
 from pretrain.models.initialise import initialise
-from pretrain.models.pieces import Build, parameters_by_name
+from pretrain.models.pieces import Build, Piece, parameters_by_name
 from pretrain.models.towers import cut_into_patches, normalise, sincos_2d
+from pretrain.models.transformer import build_block
 from pretrain.objectives import OBJECTIVES, Objective
 from pretrain.parallel.groups import Ranks
-from pretrain.sections import Model
+from pretrain.sections import Model, Text
 
 BOS = 0
 SIZE, PATCH, CONTEXT = 15, 5, 9
@@ -134,13 +135,13 @@ def test_the_two_poolings_read_other_places(alone: Ranks) -> None:
     model.vision[0].block.register_forward_hook(lambda _, inputs, output: seen.append(torch.stack([inputs[0], output])))
     (tower,) = model.vision
     pooled = tower(images(2))
-    torch.testing.assert_close(seen[0][0][0], model.vision[0].class_token.expand(2, -1))
-    assert seen[0].shape[1:] == (1 + 9, 2, 20)
-    torch.testing.assert_close(pooled, normalise(tower.projection(seen[0][1][0])))
+    torch.testing.assert_close(seen[0][0][:, 0], model.vision[0].class_token.expand(2, -1))
+    assert seen[0].shape[1:] == (2, 1 + 9, 20)
+    torch.testing.assert_close(pooled, normalise(tower.projection(seen[0][1][:, 0])))
     model = model_of(pool="mean")
     model.vision[0].block.register_forward_hook(lambda _, inputs, output: seen.append(output))
     (tower,) = model.vision
-    torch.testing.assert_close(tower(images(2)), normalise(tower.projection(seen[1].mean(0))))
+    torch.testing.assert_close(tower(images(2)), normalise(tower.projection(seen[1].mean(1))))
 
 
 def test_pixels_go_from_minus_one_to_one(alone: Ranks) -> None:
@@ -241,18 +242,26 @@ def test_causal_and_bidirectional_see_other_tokens(alone: Ranks) -> None:
     for causal in (True, False):
         model = model_of(causal=causal)
         hidden: list[torch.Tensor] = []
-        model.text[0].block.register_forward_hook(lambda _, inputs, output, kept=hidden: kept.append(output))
+        first = model.text[0].block.layers[0]  # the last one gives the pooled row alone
+        first.register_forward_hook(lambda _, inputs, output, kept=hidden: kept.append(output[0]))
         model.encode_text(caption(5, 6, 7)[None])
         model.encode_text(caption(5, 6, 8)[None])
-        changed = (hidden[0] - hidden[1])[:, 0].norm(dim=1) > 1e-4
+        changed = (hidden[0] - hidden[1])[0].norm(dim=1) > 1e-4
         assert changed[:5].tolist() == ([False, False, False, True, True] if causal else [True] * 5)
 
 
-def test_a_full_caption_is_pooled_at_its_last_token(alone: Ranks) -> None:
-    model = model_of()
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_caption_is_pooled_at_its_end_mark(alone: Ranks, causal: bool) -> None:
+    """As by a block that computes all rows of its last layer."""
+    model = model_of(causal=causal)
+    (tower,) = model.text
+    text = Text(layers=2, width=12, heads=3, context=CONTEXT, vocab_size=300)
+    whole = build_block(text, Piece(), Build(), causal=causal)
+    whole.load_state_dict(tower.block.state_dict())
     hidden: list[torch.Tensor] = []
-    model.text[0].block.register_forward_hook(lambda _, inputs, output: hidden.append(output))
+    ends = torch.tensor([4, 1, 8, 2])
+    tower.block.register_forward_pre_hook(lambda _, inputs: hidden.append(whole(inputs[0], attention_mask=ends + 1)))
     pooled = model.encode_text(CAPTIONS)
-    for row, end in enumerate((4, 1, 8, 2)):
-        expected = normalise(model.text[0].projection(hidden[0][end, row][None]))
+    for row, end in enumerate(ends):
+        expected = normalise(tower.projection(hidden[0][row, end][None]))
         torch.testing.assert_close(pooled[row], expected[0])

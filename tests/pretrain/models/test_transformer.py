@@ -9,17 +9,24 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 
 from pretrain.models.initialise import sharded_axis
 from pretrain.models.pieces import Build, Piece
-from pretrain.models.transformer import Norm, build_block, mark_tensor_parallel
+from pretrain.models.transformer import Norm, build_block, last_rows, mark_tensor_parallel, through
 from pretrain.parallel.groups import Ranks
 from pretrain.sections import Tower
 
 WIDTH, HEADS, LAYERS = 24, 3, 2
 
 
-def block_of(*, causal: bool, mlp_ratio: float = 4.0, dtype: torch.dtype = torch.float64) -> TransformerBlock:
+def block_of(
+    *,
+    causal: bool,
+    mlp_ratio: float = 4.0,
+    dtype: torch.dtype = torch.float64,
+    build: Build | None = None,
+    pooled: bool = False,
+) -> TransformerBlock:
     """A block with every parameter drawn, norms and biases too."""
     tower = Tower(layers=LAYERS, width=WIDTH, heads=HEADS, mlp_ratio=mlp_ratio)
-    block = build_block(tower, Piece(), Build(dtype=dtype), causal=causal)
+    block = build_block(tower, Piece(), build or Build(dtype=dtype), causal=causal, pooled=pooled)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in block.parameters():
@@ -59,12 +66,15 @@ def draw(sequence: int, batch: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(("sequence", "batch", "mlp_ratio"), [(1, 1, 4.0), (7, 3, 4.0), (13, 2, 2.5)])
 @pytest.mark.parametrize("causal", [False, True])
-def test_is_a_pre_norm_transformer(alone: Ranks, sequence: int, batch: int, mlp_ratio: float, causal: bool) -> None:
-    block = block_of(causal=causal, mlp_ratio=mlp_ratio)
+@pytest.mark.parametrize("build", [Build(dtype=torch.float64), Build(dtype=torch.float64, cp=2)], ids=["BSD", "SBD"])
+def test_is_a_pre_norm_transformer(
+    alone: Ranks, sequence: int, batch: int, mlp_ratio: float, causal: bool, build: Build
+) -> None:
+    block = block_of(causal=causal, mlp_ratio=mlp_ratio, build=build)
     weights = {name: each.detach().clone().requires_grad_() for name, each in block.named_parameters()}
     seen = torch.ones(sequence, sequence, dtype=torch.bool)
     hidden, plain_hidden = (draw(sequence, batch).requires_grad_() for _ in range(2))
-    out = block(hidden, attention_mask=None)
+    out = through(block, hidden, build)
     expected = plain_block(weights, plain_hidden, (seen.tril() if causal else seen).expand(batch, -1, -1))
     torch.testing.assert_close(out, expected, atol=1e-11, rtol=1e-9)
     gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -82,8 +92,24 @@ def test_the_mask_is_the_number_of_keys(alone: Ranks) -> None:
     seen = (torch.arange(9) < lengths[:, None])[:, None].expand(3, 9, 9)
     hidden = draw(9, 3)
     torch.testing.assert_close(
-        block(hidden, attention_mask=lengths), plain_block(weights, hidden, seen), atol=1e-11, rtol=1e-9
+        through(block, hidden, Build(), lengths), plain_block(weights, hidden, seen), atol=1e-11, rtol=1e-9
     )
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_pooled_block_gives_the_last_row_of_each_sample_and_its_gradients(alone: Ranks, causal: bool) -> None:
+    whole, pooled = (block_of(causal=causal, pooled=each) for each in (False, True))
+    lengths = torch.tensor([4, 9, 1])
+    whole_hidden, pooled_hidden = (draw(9, 3).requires_grad_() for _ in range(2))
+    expected = last_rows(through(whole, whole_hidden, Build(), lengths).transpose(0, 1), lengths)[:, 0]
+    (found,) = through(pooled, pooled_hidden, Build(), lengths)
+    torch.testing.assert_close(found, expected, atol=1e-11, rtol=1e-9)
+    gradient = torch.randn(found.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    found.backward(gradient)
+    expected.backward(gradient)
+    torch.testing.assert_close(pooled_hidden.grad, whole_hidden.grad, atol=1e-11, rtol=1e-9)
+    for (name, one), other in zip(pooled.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, atol=1e-10, rtol=1e-8, msg=name)
 
 
 def test_nothing_is_random_while_training(alone: Ranks) -> None:
