@@ -21,20 +21,11 @@ import numpy as np
 
 from data_pipeline.decode import decode_and_remark
 from data_pipeline.errors import DataError
-from data_pipeline.index import (
-    ARRAYS,
-    INDEX_FILE,
-    Index,
-    ShardEntry,
-    checksum_of,
-    disagreements,
-    load_table,
-    read_table,
-    shard_files,
-    table_path,
-)
+from data_pipeline.folder import shard_files
+from data_pipeline.index import INDEX_FILE, Index, ShardEntry, checksum_of, disagreements, load_table, table_path
 from data_pipeline.parallel import run_jobs
 from data_pipeline.sample import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, Sample
+from data_pipeline.scan import read_table
 from data_pipeline.tar import BLOCK, Member, TarError, next_header, read_members, split_name
 
 Progress = Callable[[int, int], None]
@@ -174,11 +165,7 @@ def _check_against_entry(path: Path, entry: ShardEntry) -> list[Problem]:
         fresh = read_table(path)
     except DataError:  # a bad tar is told byte by byte elsewhere
         return []
-    if stored.field_names == fresh.field_names and all(
-        np.array_equal(getattr(stored, name), getattr(fresh, name), equal_nan=name == "aspect")
-        for name in ARRAYS
-        if getattr(stored, name) is not None
-    ):
+    if stored.same_places(fresh):
         return []
     reason = f"{table_path(path).name} has other places than the tar: delete {INDEX_FILE} to have both made anew"
     return [Problem("error", path.name, None, None, reason)]

@@ -65,13 +65,21 @@ def decode_and_remark(data: bytes, *, max_pixels: float = MAX_PIXELS) -> tuple[n
     raise DataError(f"not a JPEG, PNG or WebP image ({len(data)} bytes that start with {data[:8]!r})")
 
 
-def image_aspect(data: bytes) -> float:
-    """Width / height of an image, upright, by its header; nan when that cannot be read."""
+def image_size(data: bytes) -> tuple[int, int] | None:
+    """(width, height) of an image, upright, by its header; None when that cannot be read."""
     try:
         width, height, turned = _jpeg_shape(data) or _pillow_shape(data)
-        return height / width if turned else width / height
     except Exception:  # hostile bytes raise nearly anything in Pillow
-        return math.nan
+        return None
+    if width < 1 or height < 1:
+        return None
+    return (height, width) if turned else (width, height)
+
+
+def image_aspect(data: bytes) -> float:
+    """Width / height of an image, upright, by its header; nan when that cannot be read."""
+    size = image_size(data)
+    return math.nan if size is None else size[0] / size[1]
 
 
 def _jpeg_shape(data: bytes) -> tuple[int, int, bool] | None:

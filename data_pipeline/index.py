@@ -1,13 +1,13 @@
 """What is in a folder of shards and where: index.json for the folder, one table of offsets beside each tar.
 
 Design choices:
-- index.json is small and for everyone: format version, per shard its file, samples, bytes, checksum and modalities.
-  Its fingerprint names the data a run has read.
-- `<shard>.tar.idx.npz` holds plain integer arrays (and so never a pickle): where each sample and field lies. It is
-  loaded when a shard is first read, and carries the checksum of the tar that it describes.
+- index.json is small and for everyone: format version, per shard its file, samples, bytes, checksum and modalities, and
+  counts of what in it no run reads. Its fingerprint names the data a run has read, and tells whether it was edited.
+- `<shard>.tar.idx.npz` (table.py) says where each sample and field lies. It is loaded when a shard is first read.
 - Any folder of WebDataset tars is indexed on first sight; nobody has to convert anything.
 - A stale index is found when it is opened: every shard must be there with the size it had, and no other beside them.
   Bytes that changed under an equal size are found by `weft data check`, which reads them all.
+- What lies in the folder and is not read (compressed tars, folders of tars) is known to whoever opens it: `remarks`.
 - Files appear whole or not at all (written aside, then renamed), so ranks that index the same folder do not clash.
 """
 
@@ -15,31 +15,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import mmap
+import re
 import uuid
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
-import numpy as np
-
-from data_pipeline.decode import image_aspect
 from data_pipeline.errors import DataError
+from data_pipeline.folder import ignored_in, remark_of, shard_files
 from data_pipeline.parallel import run_jobs
-from data_pipeline.sample import IMAGE_EXTENSIONS, find_field, modalities_of
-from data_pipeline.tar import open_members, split_name
+from data_pipeline.sample import modalities_of
+from data_pipeline.scan import LeftOut, Pace, scan_tar, sentences
+from data_pipeline.table import ShardTable, read_stored, write_table
 
 INDEX_FILE = "index.json"
 FORMAT = "weft-index"
 VERSION = 1
-ARRAYS = ("first", "offset", "size", "field", "crc", "aspect", "key_end", "keys")  # of a table, as they are stored
+TABLES = 2  # version of the tables: from 2 on they have details
+CHECKSUM = re.compile(r"sha256:[0-9a-f]{64}")
+MODALITIES = ("audio", "image", "text")
+MOST = 1 << 62  # bytes of a shard
+LARGEST_INDEX = 1 << 30  # bytes of an index.json
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,34 @@ class ShardEntry:
     bytes: int
     checksum: str
     modalities: tuple[str, ...]
+    left_out: LeftOut = field(default_factory=LeftOut)
+
+    def as_tree(self) -> dict[str, Any]:
+        """As it is in index.json; counts of 0 are left out."""
+        tree = {**self.identity(), "left_out": {name: count for name, count in asdict(self.left_out).items() if count}}
+        return tree if tree["left_out"] else self.identity()
+
+    def identity(self) -> dict[str, Any]:
+        """What of it the fingerprint is made of."""
+        names = ("file", "samples", "bytes", "checksum", "modalities")
+        return {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def from_tree(cls, tree: Any) -> ShardEntry:
+        """The entry in a tree from JSON; ValueError, KeyError or TypeError when it is something else."""
+        file, checksum = _text(tree["file"]), _text(tree["checksum"])
+        if Path(file).name != file or not file.lower().endswith(".tar") or "\0" in file:
+            raise ValueError(f"{file!r} is not the name of a shard beside it")
+        if not CHECKSUM.fullmatch(checksum):
+            raise ValueError(f"{checksum[:80]!r} is no checksum of {file!r}")
+        samples, size = _count(tree["samples"], MOST), _count(tree["bytes"], MOST)
+        modalities = tuple(_text(name) for name in tree["modalities"])
+        if list(modalities) != sorted(set(modalities).intersection(MODALITIES)):
+            raise ValueError(f"{modalities} are no modalities")
+        if samples > size // 512:  # each begins with a header in the tar
+            raise ValueError(f"{samples} samples do not go into the {size} bytes of {file!r}")
+        counts = {_text(name): _count(count, MOST) for name, count in dict(tree.get("left_out", {})).items()}
+        return cls(file, samples, size, checksum, modalities, LeftOut(**counts))
 
 
 @dataclass(frozen=True)
@@ -58,6 +85,8 @@ class Index:
     """The shards of a data set, in order: sample ids count through them from 0."""
 
     shards: tuple[ShardEntry, ...]
+    ignored: tuple[tuple[str, str], ...] = field(default=(), compare=False)  # (name, why) of what lies beside them
+    tables: int = field(default=TABLES, compare=False)  # version of the tables when it was made
 
     @cached_property
     def samples(self) -> int:
@@ -67,16 +96,27 @@ class Index:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 (hex) over the shard entries: equal fingerprints are equal data in equal order."""
-        entries = json.dumps([asdict(shard) for shard in self.shards], sort_keys=True)
+        entries = json.dumps([shard.identity() for shard in self.shards], sort_keys=True)
         return hashlib.sha256(entries.encode()).hexdigest()
+
+    @cached_property
+    def left_out(self) -> LeftOut:
+        """What of all shards no run reads."""
+        return sum((shard.left_out for shard in self.shards), LeftOut())
+
+    def remarks(self) -> list[str]:
+        """What is in the folder or in its shards and not read, or missing in some samples; a few words each."""
+        return [*([remark_of(self.ignored)] if self.ignored else []), *sentences(self.left_out, self.samples)]
 
     def save(self, folder: Path) -> None:
         """Write index.json into `folder`; the file appears whole or not at all."""
         tree = {
             "format": FORMAT,
             "version": VERSION,
+            "tables": self.tables,
             "samples": self.samples,
-            "shards": [asdict(shard) for shard in self.shards],
+            "fingerprint": self.fingerprint,
+            "shards": [shard.as_tree() for shard in self.shards],
         }
         with written_whole(folder / INDEX_FILE) as unfinished:
             unfinished.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
@@ -88,49 +128,28 @@ class Index:
         if not path.is_file():
             raise FileNotFoundError(f"no {INDEX_FILE} in {folder}")
         try:
+            if path.stat().st_size > LARGEST_INDEX:
+                raise ValueError(f"it has {path.stat().st_size} bytes")
             tree: Any = json.loads(path.read_text(encoding="utf-8"))
-            if tree["format"] != FORMAT or tree["version"] != VERSION:
-                raise ValueError(f"it is {tree['format']} version {tree['version']}, not {FORMAT} version {VERSION}")
-            index = cls(tuple(_entry(shard) for shard in tree["shards"]))
-            if index.samples != tree["samples"]:
-                raise ValueError(f"it counts {tree['samples']} samples, its shards {index.samples}")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path} is no index of ours ({error}): {_rebuild(folder)}") from error
+        if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+            raise DataError(
+                f"{path} is no index of ours, but a file of another tool: move it elsewhere (if nothing needs it, "
+                "delete it), and the index is made anew"
+            )
+        try:
+            if tree["version"] != VERSION:
+                raise ValueError(f"it is {FORMAT} version {tree['version']!r}, not {VERSION}")
+            if not isinstance(tree["shards"], list):
+                raise ValueError("its shards are no list")
+            shards = tuple(ShardEntry.from_tree(shard) for shard in tree["shards"])
+            index = cls(shards, tables=_count(tree.get("tables", 1), TABLES))
+            _refuse_contradictions(index, tree)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            words = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+            raise DataError(f"{path} is no index of ours ({words}): {_rebuild(folder)}") from error
         return index
-
-
-@dataclass(frozen=True)
-class ShardTable:
-    """Where everything in one shard lies: samples are rows of `first`, their fields rows of the other arrays."""
-
-    first: np.ndarray  # int64 [samples + 1]: the fields of sample i are first[i]:first[i + 1]
-    offset: np.ndarray  # int64 [fields]: byte in the tar
-    size: np.ndarray  # int64 [fields]: bytes
-    field: np.ndarray  # int32 [fields]: into field_names
-    crc: np.ndarray  # uint32 [fields]: CRC-32 of the bytes
-    key_end: np.ndarray  # int64 [samples]: where each key ends in `keys`
-    keys: np.ndarray  # uint8 [bytes of all keys]: UTF-8, one after another
-    field_names: tuple[str, ...]
-    # float32 [samples]: width / height of the picture, upright; nan: none, or damaged. None in tables of early versions
-    aspect: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.key_end)
-
-    def key(self, sample: int) -> str:
-        """The key of the shard's sample number `sample`."""
-        start = int(self.key_end[sample - 1]) if sample else 0
-        return self.keys[start : int(self.key_end[sample])].tobytes().decode("utf-8", "surrogatepass")
-
-    def crcs(self, sample: int) -> list[int]:
-        """The checksum of each field of the shard's sample number `sample`, in file order."""
-        checksums: list[int] = self.crc[int(self.first[sample]) : int(self.first[sample + 1])].tolist()
-        return checksums
-
-    def places(self, sample: int) -> list[tuple[str, int, int]]:
-        """(field name, offset, size) of each field of the shard's sample number `sample`, in file order."""
-        rows = range(int(self.first[sample]), int(self.first[sample + 1]))
-        return [(self.field_names[self.field[row]], int(self.offset[row]), int(self.size[row])) for row in rows]
 
 
 def load_index(folder: str | Path) -> Index:
@@ -148,19 +167,25 @@ def load_index(folder: str | Path) -> Index:
     disagreement = next(disagreements(index, folder), None)
     if disagreement:
         raise DataError(f"{disagreement[1]}: {_rebuild(folder)}")
-    return index
+    return replace(index, ignored=ignored_in(folder))
 
 
 def disagreements(index: Index, folder: Path) -> Iterator[tuple[str, str]]:
     """(shard file, sentence) for every shard that is not as the index has it; sizes only, no byte is read."""
-    sizes = {path.name: path.stat().st_size for path in shard_files(folder)}
+    sizes: dict[str, int] = {}
+    for path in shard_files(folder):
+        try:
+            sizes[path.name] = path.stat().st_size
+        except FileNotFoundError:
+            yield path.name, f"{path} is a link to a file that is not there"
+            sizes[path.name] = -1
     for shard in index.shards:
         size = sizes.pop(shard.file, None)
         if size is None:
             yield shard.file, f"{folder / shard.file} is in the index, but there is no such file"
-        elif size != shard.bytes:
+        elif size not in (shard.bytes, -1):
             yield shard.file, f"{folder / shard.file} has {size} bytes, but {shard.bytes} in the index"
-    for file in sizes:
+    for file in (file for file, size in sizes.items() if size >= 0):
         yield file, f"{folder / file} is not in the index"
 
 
@@ -171,12 +196,15 @@ def build_index(folder: str | Path, processes: int | None = None) -> Index:
     Raises FileNotFoundError when there is no tar, DataError for a bad one or when all are without samples.
     """
     folder = Path(folder)
-    paths = shard_files(folder)
+    paths, ignored = shard_files(folder), ignored_in(folder)
     if not paths:
-        raise FileNotFoundError(f"no data set at {folder}: there is no .tar file in it{_instead(folder)}")
+        raise FileNotFoundError(f"no data set at {folder}: there is no .tar file in it{_instead(folder, ignored)}")
+    pace, entries = Pace(f"indexing {folder}"), {}
     with run_jobs(index_shard, [(path,) for path in paths], processes=processes) as results:
-        entries = dict(results)
-    index = Index(tuple(entries[number] for number in range(len(paths))))
+        for number, entry in results:
+            entries[number] = entry
+            pace.at(len(entries), len(paths))
+    index = Index(tuple(entries[number] for number in range(len(paths))), ignored)
     if index.samples == 0:
         raise DataError(f"there is no sample in the {len(paths)} .tar files of {folder}")
     index.save(folder)
@@ -185,116 +213,48 @@ def build_index(folder: str | Path, processes: int | None = None) -> Index:
 
 def index_shard(path: Path) -> ShardEntry:
     """Read one tar, write its table of offsets beside it, and return its entry; DataError when it is bad."""
-    table = read_table(path)
+    try:
+        scan = scan_tar(path)
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is a link to a file that is not there") from error
     checksum = checksum_of(path)
-    with written_whole(table_path(path)) as unfinished, unfinished.open("wb") as file:
-        np.savez(
-            file,
-            allow_pickle=False,
-            first=table.first,
-            offset=table.offset,
-            size=table.size,
-            field=table.field,
-            crc=table.crc,
-            aspect=np.asarray(table.aspect, np.float32),
-            key_end=table.key_end,
-            keys=table.keys,
-            field_names=np.frombuffer(json.dumps(table.field_names).encode(), np.uint8),
-            checksum=np.frombuffer(checksum.encode(), np.uint8),
-        )
-    return ShardEntry(path.name, len(table), path.stat().st_size, checksum, modalities_of(table.field_names))
-
-
-def read_table(path: Path) -> ShardTable:
-    """The table of the tar at `path`, from the tar itself: neighbouring files of one key are one sample.
-
-    Raises DataError when the tar is bad or a sample has a field twice.
-    """
-    keys: list[str] = []
-    first, offsets, sizes, fields = [0], [], [], []
-    numbers: dict[str, int] = {}  # field name -> its number
-    seen: set[str] = set()  # fields of the sample at hand
-    for member in open_members(path):
-        split = split_name(member.name)
-        if split is None:
-            continue
-        key, field = split
-        if not keys or key != keys[-1]:
-            keys.append(key)
-            first.append(first[-1])
-            seen = set()
-        if field in seen:
-            raise DataError(f"{path} has the field {field!r} of sample {key!r} twice, again at byte {member.offset}")
-        seen.add(field)
-        first[-1] += 1
-        offsets.append(member.offset)
-        sizes.append(member.size)
-        fields.append(numbers.setdefault(field, len(numbers)))
-    encoded = [key.encode("utf-8", "surrogatepass") for key in keys]
-    pictures = _pictures(first, fields, tuple(numbers))
-    checksums, aspects = _look(path, offsets, sizes, pictures)
-    return ShardTable(
-        first=np.array(first, np.int64),
-        offset=np.array(offsets, np.int64),
-        size=np.array(sizes, np.int64),
-        field=np.array(fields, np.int32),
-        crc=np.array(checksums, np.uint32),
-        aspect=np.array(aspects, np.float32),
-        key_end=np.cumsum([len(key) for key in encoded], dtype=np.int64),
-        keys=np.frombuffer(b"".join(encoded), np.uint8),
-        field_names=tuple(numbers),
-    )
+    with written_whole(table_path(path)) as unfinished:
+        write_table(unfinished, scan.table, checksum)
+    names = modalities_of(scan.table.field_names)
+    return ShardEntry(path.name, len(scan.table), path.stat().st_size, checksum, names, scan.left_out)
 
 
 def load_table(path: Path, entry: ShardEntry) -> ShardTable:
     """The stored table of the tar at `path`; DataError when it is missing, damaged or of another tar."""
     stored = table_path(path)
     try:
-        with np.load(stored, allow_pickle=False) as arrays:
-            if "crc" not in arrays:
-                raise DataError(f"{stored} was made by an earlier version, without checksums: {_rebuild(path.parent)}")
-            checksum = arrays["checksum"].tobytes().decode()
-            table = ShardTable(
-                **{name: arrays[name] for name in ARRAYS if name in arrays},
-                field_names=tuple(json.loads(arrays["field_names"].tobytes())),
-            )
+        table, checksum = read_stored(stored, entry.bytes)
     except FileNotFoundError as error:
         raise DataError(f"{stored} is missing: {_rebuild(path.parent)}") from error
-    except DataError:
-        raise
-    except (ValueError, KeyError, EOFError, BadZipFile) as error:
-        raise DataError(f"{stored} is damaged ({error}): {_rebuild(path.parent)}") from error
-    if checksum != entry.checksum or len(table) != entry.samples:
+    except DataError as error:
+        raise DataError(f"{error}: {_rebuild(path.parent)}") from error
+    if (checksum, len(table), modalities_of(table.field_names)) != (entry.checksum, entry.samples, entry.modalities):
         raise DataError(f"{stored} describes another tar than {INDEX_FILE} does: {_rebuild(path.parent)}")
     return table
 
 
-def _pictures(first: list[int], fields: list[int], names: tuple[str, ...]) -> list[int | None]:
-    """Of each sample, which of all fields is its picture; None where it has none."""
-    chosen: dict[tuple[int, ...], int | None] = {}  # fields of a sample, by number -> place among them
-    pictures: list[int | None] = []
-    for start, end in pairwise(first):
-        of_sample = tuple(fields[start:end])
-        if of_sample not in chosen:
-            own = [names[number] for number in of_sample]
-            picture = find_field(own, IMAGE_EXTENSIONS)
-            chosen[of_sample] = None if picture is None else own.index(picture)
-        place = chosen[of_sample]
-        pictures.append(None if place is None else start + place)
-    return pictures
+def complete_tables(folder: Path, index: Index) -> Index:
+    """The index with tables that have details, made now where those of an early version have none.
 
-
-def _look(
-    path: Path, offsets: list[int], sizes: list[int], pictures: list[int | None]
-) -> tuple[list[int], list[float]]:
-    """(checksum of each field, aspect of each picture) in the tar at `path`."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
-
-        def field(number: int) -> bytes:
-            return buffer[offsets[number] : offsets[number] + sizes[number]]
-
-        checksums = [zlib.crc32(field(number)) for number in range(len(offsets))]
-        return checksums, [math.nan if number is None else image_aspect(field(number)) for number in pictures]
+    Raises DataError when a shard is not the one that was indexed, OSError when nothing can be written there.
+    """
+    if index.tables >= TABLES:
+        return index
+    pace, entries = Pace(f"completing the index of {folder}"), {}
+    with run_jobs(index_shard, [(folder / shard.file,) for shard in index.shards]) as results:
+        for number, entry in results:
+            entries[number] = entry
+            pace.at(len(entries), len(index.shards))
+    complete = Index(tuple(entries[number] for number in range(len(entries))), index.ignored)
+    if complete.fingerprint != index.fingerprint:
+        raise DataError(f"the shards of {folder} changed since they were indexed: {_rebuild(folder)}")
+    complete.save(folder)
+    return complete
 
 
 def shares_by_shard(index: Index, ranks: int, workers: int) -> list[list[int]]:
@@ -310,11 +270,6 @@ def checksum_of(path: Path) -> str:
     """ "sha256:<hex>" of a file's bytes."""
     with path.open("rb") as file:
         return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def shard_files(folder: Path) -> list[Path]:
-    """The tars of a folder, in order of name."""
-    return sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
 
 
 def table_path(path: Path) -> Path:
@@ -341,22 +296,37 @@ def written_whole(path: Path) -> Iterator[Path]:
             unfinished.unlink(missing_ok=True)
 
 
-def _entry(tree: dict[str, Any]) -> ShardEntry:
-    """One shard entry from JSON; ValueError, KeyError or TypeError when it is something else."""
-    file, checksum = str(tree["file"]), str(tree["checksum"])
-    if Path(file).name != file or not file.endswith(".tar"):
-        raise ValueError(f"{file!r} is not the name of a shard beside it")
-    return ShardEntry(file, int(tree["samples"]), int(tree["bytes"]), checksum, tuple(tree["modalities"]))
+def _refuse_contradictions(index: Index, tree: dict[str, Any]) -> None:
+    """ValueError when a tree from JSON does not have what its shards add up to."""
+    if index.samples != _count(tree["samples"], MOST):
+        raise ValueError(f"it counts {tree['samples']} samples, its shards {index.samples}")
+    files = [shard.file for shard in index.shards]
+    twice = next((file for file in files if files.count(file) > 1), None) if len(set(files)) < len(files) else None
+    if twice is not None:
+        raise ValueError(f"it has the shard {twice!r} twice")
+    if tree.get("fingerprint", index.fingerprint) != index.fingerprint:
+        raise ValueError("its fingerprint is of other shards: it was edited or damaged")
 
 
-def _instead(folder: Path) -> str:
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{str(value)[:80]!r} is no text")
+    return value
+
+
+def _count(value: Any, most: int) -> int:
+    """A whole number from JSON, from 0 to `most`; ValueError for anything else."""
+    if type(value) is not int or not 0 <= value <= most:  # True is an int, too
+        raise ValueError(f"{str(value)[:80]!r} is no number from 0 to {most}")
+    return value
+
+
+def _instead(folder: Path, ignored: tuple[tuple[str, str], ...]) -> str:
     """What the user may have meant by a folder without tars."""
     parts = [part for part in ("train", "test") if shard_files(folder / part)]
     if parts:
         return f", but in {' and '.join(str(folder / part) for part in parts)}"
-    if any(folder.glob("*.tar.*z*")):
-        return ", only compressed ones, in which no sample can be found directly: decompress them"
-    return ""
+    return f": {remark_of(ignored)}" if ignored else ""
 
 
 def _rebuild(folder: Path) -> str:

@@ -55,6 +55,10 @@ class Joined:
         number, own = self.part(sample)
         return f"{self.parts[number].folder}/{self.parts[number].shard_file(own)}"
 
+    def remarks(self) -> list[str]:
+        """As Dataset.remarks, of every part."""
+        return [remark for part in self.parts for remark in part.remarks()]
+
     def alike(self, sample: int) -> range:
         """The ids of samples that may stand for this one when it cannot be used: all of its part."""
         number, _ = self.part(sample)

@@ -40,7 +40,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import DamagedSampleError, DataError, first_line
-from data_pipeline.index import INDEX_FILE, Index, ShardEntry, shard_files
+from data_pipeline.folder import shard_files
+from data_pipeline.index import INDEX_FILE, Index, ShardEntry
 from data_pipeline.parquet_columns import Columns, check_columns, class_names, find_columns, is_json
 from data_pipeline.remote import Cache, RemoteFiles, is_url
 from data_pipeline.remote_file import RemotePath, find_remote

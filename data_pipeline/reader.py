@@ -78,6 +78,11 @@ class Dataset:
         """sha256 (hex) of what is in the shards; see `Index.fingerprint`."""
         return self.index.fingerprint
 
+    def remarks(self) -> list[str]:
+        """What lies there and is not read, or is missing in some samples: one line, or none."""
+        found = self.index.remarks()
+        return [f"{self.folder}: {'; '.join(found)}"] if found else []
+
     def alike(self, sample: int) -> range:
         """The ids of samples that may stand for this one when it cannot be used: all of its source."""
         return range(len(self))

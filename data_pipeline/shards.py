@@ -267,7 +267,7 @@ class _WriteShard:
 
 def _write_note(path: Path, made: Made) -> None:
     """Note beside the shard at `path` that it is finished, and what came of it."""
-    tree = {"entry": made.entry and asdict(made.entry), "skipped": [asdict(skip) for skip in made.skipped]}
+    tree = {"entry": made.entry and made.entry.as_tree(), "skipped": [asdict(skip) for skip in made.skipped]}
     with written_whole(path.with_suffix(".done")) as unfinished:
         unfinished.write_text(json.dumps(tree), encoding="utf-8")
 
@@ -279,7 +279,7 @@ def _read_note(path: Path) -> Made | None:
         skipped = tuple(Skipped(skip["source"], skip["reason"]) for skip in tree["skipped"])
         if tree["entry"] is None:
             return Made(None, skipped)
-        entry = ShardEntry(**{**tree["entry"], "modalities": tuple(tree["entry"]["modalities"])})
+        entry = ShardEntry.from_tree(tree["entry"])
         if checksum_of(path) != entry.checksum:
             return None
         load_table(path, entry)

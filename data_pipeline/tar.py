@@ -3,10 +3,15 @@
 Design choices:
 - Ours, because `tarfile` builds an object a member and says "unexpected end of data" without a place; this one walks
   headers over a buffer (an mmap) and knows the byte. It reads ustar, GNU and PAX archives, long names included.
-- A tar is whole only with its end mark, a block of zeros: one cut exactly between two members is found too.
+- A tar is whole only with its end mark, a block of zeros: one cut exactly between two members is found too. Behind the
+  mark lies padding, and nothing else: joined tars and tails of zeros, which other readers pass over, are found.
 - Refused as DataError: damaged headers (checksum), truncation, absolute and ".." names, links, devices, sparse files,
   compression (no random access) and pickles (reading one runs its author's code).
-- Names that `webdataset` does not count as part of a sample (no dot, hidden, `__meta__`) are left out here too.
+- Names that `webdataset` does not count as part of a sample (no dot, hidden, `__meta__`) are left out here too, and so
+  are entries that are no files: volume labels, listings of incremental archives, links that no sample has. These are
+  counted for whoever asks.
+- A file is read through a window of a mebibyte, so that an archive of any size takes no memory, and one that shrinks
+  while it is read is an error (a mapped file would end the process).
 
 Format: POSIX.1-2017 pax(1), "ustar Interchange Format" and "pax Header Block"; GNU tar manual, "Basic Tar Format".
 """
@@ -14,8 +19,12 @@ Format: POSIX.1-2017 pax(1), "ustar Interchange Format" and "pax Header Block"; 
 from __future__ import annotations
 
 import mmap
+import os
+import zlib
+from collections import Counter
 from collections.abc import Generator
 from pathlib import Path
+from types import TracebackType
 from typing import NamedTuple
 
 from data_pipeline.errors import DataError
@@ -25,11 +34,14 @@ MAGIC = 257  # byte of a header at which "ustar" stands
 ZEROS = bytes(BLOCK)
 PICKLE_EXTENSIONS = frozenset({"pkl", "pickle", "pyd", "pt", "pth", "joblib", "dill"})
 LARGEST_NAME = 1 << 20  # no honest path is a mebibyte long
+WINDOW = 1 << 20  # bytes of a file in memory
+RECORDS = (10240, 20480, *(BLOCK << doubled for doubled in range(1, 12)))  # writers pad to one of these, up to 1 MiB
 LONGEST_NUMBER = 20  # digits of 2^64
 
-OLD_REGULAR, DIRECTORY, SPARSE = b"\0", b"5", b"S"
+OLD_REGULAR, DIRECTORY, SPARSE, CONTINUED = b"\0", b"5", b"S", b"M"
 REGULAR = (b"0", OLD_REGULAR, b"7")
 GNU_LONG_NAME, GNU_LONG_LINK, PAX, PAX_GLOBAL = b"L", b"K", b"x", b"g"
+NO_FILES = {b"V": "volume label", b"D": "listing of an incremental archive"}  # GNU's entries about the archive itself
 REFUSED = {
     b"1": "a hard link",
     b"2": "a symbolic link",
@@ -37,7 +49,12 @@ REFUSED = {
     b"4": "a block device",
     b"6": "a named pipe",
     SPARSE: "a sparse file",
+    CONTINUED: "the rest of a file that begins in another volume",
 }
+COMPRESSED = (
+    *(b"\x1f\x8b", b"\x1f\x9d", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18"),
+    *(b"PK\3\4", b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a\7"),
+)  # first bytes of gzip, compress, bzip2, xz, zstd, lz4, and of other archives
 
 
 class TarError(DataError):
@@ -81,21 +98,68 @@ def refusal_of_name(name: str) -> str | None:
     return None
 
 
-def open_members(path: Path) -> list[Member]:
-    """Every regular file in the tar at `path`, in order; DataError names the byte where it is bad."""
-    if path.stat().st_size == 0:
-        raise DataError(f"{path} is empty: not even an end mark")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
-        return list(read_members(buffer, str(path)))
+class Window:
+    """A file as a buffer that is sliced from front to back, of which little is in memory. A context manager.
+
+    Raises TarError when the file is empty, or shrinks while it is read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._held, self._start = path, b"", 0
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._size = os.fstat(self._descriptor).st_size
+        if self._size == 0:
+            os.close(self._descriptor)
+            raise TarError(f"{path} is empty: not even an end mark")
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, part: slice) -> bytes:
+        start, stop = part.start or 0, min(part.stop, self._size)
+        if start < self._start or stop > self._start + len(self._held):
+            self._held, self._start = self._read(start, max(stop - start, min(WINDOW, self._size - start))), start
+        return self._held[start - self._start : stop - self._start]
+
+    def _read(self, start: int, length: int) -> bytes:
+        parts = []
+        while length > 0:
+            part = os.pread(self._descriptor, length, start)
+            if not part:
+                raise TarError(f"{self._path} shrank while it was read: it ends at byte {start}", start)
+            parts.append(part)
+            start += len(part)
+            length -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def __enter__(self) -> Window:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        os.close(self._descriptor)
 
 
-def read_members(buffer: mmap.mmap | bytes, shard: str, start: int = 0) -> Generator[Member, None, int]:
+Buffer = mmap.mmap | bytes | Window
+
+
+def whole_members(buffer: Buffer, shard: str, skipped: Counter[str] | None = None) -> Generator[Member, None, None]:
+    """Every regular file of a tar, found to be whole to its last byte: as `read_members`, and as `tail_problem`."""
+    end = yield from read_members(buffer, shard, skipped=skipped)
+    problem = tail_problem(buffer, shard, end)
+    if problem:
+        raise problem
+
+
+def read_members(
+    buffer: Buffer, shard: str, start: int = 0, skipped: Counter[str] | None = None
+) -> Generator[Member, None, int]:
     """Every regular file of the tar in `buffer` from the header at byte `start`; returns the byte of the end mark.
 
-    `shard` is the name that errors give. Raises TarError for what the module docstring lists.
+    `shard` is the name that errors give; `skipped` counts entries that are no files, by what they are. Raises TarError
+    for what the module docstring lists.
     """
     total = len(buffer)
-    if buffer[:2] == b"\x1f\x8b" or buffer[:3] == b"BZh" or buffer[:6] == b"\xfd7zXZ\0":
+    if buffer[:8].startswith(COMPRESSED) and buffer[MAGIC : MAGIC + 5] != b"ustar":  # no file's name
         raise TarError(f"{shard} is compressed, so no sample in it can be found directly: decompress it to plain .tar")
     position = start
     longer_name: str | None = None  # from a GNU or PAX header, for the next member
@@ -135,9 +199,19 @@ def read_members(buffer: mmap.mmap | bytes, shard: str, start: int = 0) -> Gener
         size = longer_size if longer_size is not None else size
         following = body_start + (_padded(size) if kind != DIRECTORY else 0)
         longer_name = longer_size = None
+        other = NO_FILES.get(kind)
+        if other is None and kind not in REGULAR and kind != DIRECTORY and kind != SPARSE and not split_name(name):
+            other = REFUSED.get(kind, "entry of an unknown type").removeprefix("a ")
+        if other is not None:
+            _refuse_overrun(shard, repr(name), body_start, size, total)
+            if skipped is not None:
+                skipped[other] += 1
+            position = body_start if kind in REFUSED and kind != CONTINUED else following
+            continue
         if kind in REFUSED:
             sentence = f"{shard} holds {REFUSED[kind]}, {name!r} at byte {position}: only plain files are read"
-            raise TarError(sentence, position, None if kind == SPARSE else body_start)
+            resume_at = None if kind == SPARSE else following if kind == CONTINUED else body_start
+            raise TarError(sentence, position, resume_at)
         reason = refusal_of_name(name)
         if reason:
             sentence = f"{shard} holds {name!r} at byte {position}, which {reason}: it is refused"
@@ -151,6 +225,41 @@ def read_members(buffer: mmap.mmap | bytes, shard: str, start: int = 0) -> Gener
         _refuse_overrun(shard, repr(name), body_start, size, total)
         yield Member(name, body_start, size)
         position = following
+
+
+def tail_problem(buffer: Buffer, shard: str, end: int) -> TarError | None:
+    """What is wrong with the bytes behind the end mark at byte `end`; None when they are padding.
+
+    A file whose end was never written (an interrupted download into space that was set aside) ends in zeros, and the
+    first block of them reads as the end mark. Writers pad with zeros too, but no further than to a whole record.
+    """
+    total = len(buffer)
+    position = end
+    while position < total:
+        part = buffer[position : min(position + WINDOW, total)]
+        zeros = len(part) - len(part.lstrip(b"\0"))
+        position += zeros
+        if zeros < len(part):
+            return _hidden(buffer, shard, end, position // BLOCK * BLOCK)
+    tail = total - end
+    if tail < 2 * BLOCK + BLOCK or any(total % record == 0 and tail < record + 2 * BLOCK for record in RECORDS):
+        return None
+    return TarError(
+        f"{shard} ends in {tail} bytes of zeros from byte {end} on, more than a tar is padded with: files are missing, "
+        f"as after an interrupted download; fetch it again, or if nothing is missing cut it: truncate -s {end + 1024}",
+        end,
+    )
+
+
+def _hidden(buffer: Buffer, shard: str, end: int, start: int) -> TarError:
+    """The error for bytes other than zeros behind the end mark, the first of them in the block at byte `start`."""
+    where = f"after the end mark, which is at byte {end}: no reader sees"
+    header = buffer[start : min(start + BLOCK, len(buffer))]
+    try:
+        _verify_checksum(header.ljust(BLOCK, b"\0"), shard, start)
+    except TarError:
+        return TarError(f"{shard} has more data {where} it (zeros where files were, or two tars joined?)", start)
+    return TarError(f"{shard} has more files {where} them (two tars joined?); take it apart, or write it anew", start)
 
 
 def next_header(buffer: mmap.mmap | bytes, start: int) -> int | None:
@@ -188,7 +297,9 @@ def _refuse_overrun(shard: str, what: str, start: int, size: int, total: int) ->
 def _verify_checksum(header: bytes, shard: str, position: int) -> None:
     """The header's bytes summed, its checksum field counted as blanks; some old tars summed signed bytes."""
     stored = _number(header[148:156], shard, position)
-    unsigned = sum(header) - sum(header[148:156]) + 8 * ord(" ")
+    # adler32 adds bytes up, modulo a number above the sum of 256 of them
+    added = (zlib.adler32(header[:256]) & 0xFFFF) + (zlib.adler32(header[256:]) & 0xFFFF) - 2
+    unsigned = added - sum(header[148:156]) + 8 * ord(" ")
     if stored == unsigned:
         return
     signed = unsigned - 256 * sum(byte > 127 for byte in header[:148] + header[156:])

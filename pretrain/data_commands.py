@@ -212,7 +212,8 @@ def order(
 
 def datasets_in(path: Path) -> list[Path]:
     """The data sets that `path` means: itself, or its train/ and test/; FileNotFoundError when there is none."""
-    from data_pipeline.index import INDEX_FILE, shard_files
+    from data_pipeline.folder import shard_files
+    from data_pipeline.index import INDEX_FILE
     from data_pipeline.parquet import is_parquet
 
     def holds_data(folder: Path) -> bool:

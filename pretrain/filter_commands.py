@@ -39,7 +39,7 @@ def filter_command(
     """Remove duplicates, bad captions, personal data and what scores low; say of each step what it removed and why."""
     from data_pipeline.filters import STEPS, parse_steps, run_filters
     from data_pipeline.filters.parse import step_line
-    from data_pipeline.index import shard_files
+    from data_pipeline.folder import shard_files
 
     if not steps:
         known = "\n".join(f"  {step_line(step)}" for step in STEPS.values())

@@ -1,11 +1,13 @@
 """The tar reader: the same members as Python's tarfile, the byte of every defect, and no way to hang it."""
 
 import io
+import os
 import pickle
 import random
 import re
 import subprocess
 import tarfile
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -13,7 +15,16 @@ import pytest
 from tars import BLOCK, patched, special, tar_of
 
 from data_pipeline.errors import DataError
-from data_pipeline.tar import Member, TarError, next_header, open_members, read_members, refusal_of_name, split_name
+from data_pipeline.tar import (
+    Member,
+    TarError,
+    Window,
+    next_header,
+    read_members,
+    refusal_of_name,
+    split_name,
+    whole_members,
+)
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 FILES = {
@@ -28,6 +39,11 @@ FILES = {
 
 def members_of(archive: bytes) -> list[Member]:
     return list(read_members(archive, "some.tar"))
+
+
+def open_members(path: Path) -> list[Member]:
+    with Window(path) as buffer:
+        return list(whole_members(buffer, str(path)))
 
 
 def listed_by_tarfile(archive: bytes) -> list[Member]:
@@ -197,8 +213,8 @@ def test_special_files_are_refused_by_name_and_byte(kind: bytes, words: str) -> 
 
 
 def test_unknown_types_are_refused() -> None:
-    with pytest.raises(TarError, match="unknown type b'V'"):
-        members_of(patched(tar_of({"label.txt": b""}), 0, 156, b"V"))
+    with pytest.raises(TarError, match="unknown type b'Q'"):
+        members_of(patched(tar_of({"label.txt": b""}), 0, 156, b"Q"))
 
 
 def test_sparse_files_in_pax_form_are_refused() -> None:
@@ -293,6 +309,97 @@ def test_errors_cross_process_borders_whole() -> None:
     assert (str(error), error.byte, error.resume_at) == ("sentence", 7, 512)
     with ProcessPoolExecutor(1) as pool, pytest.raises(TarError, match="at byte 100"):
         pool.submit(members_of, tar_of(FILES)[:100]).result()
+
+
+def some_files(count: int) -> bytes:
+    """A tar of a few hundred kilobytes, padded as Python's tarfile does."""
+    return tar_of({f"s{i:03}.{kind}": bytes([65 + i % 26]) * 900 for i in range(count) for kind in ("jpg", "txt")})
+
+
+@pytest.mark.parametrize("kept", [1, 40, 57])
+@pytest.mark.parametrize("more", [0, 100, 512, 4096])
+def test_a_tail_of_zeros_is_no_padding(tmp_path: Path, kept: int, more: int) -> None:
+    """An interrupted download into a file of the full size: zeros from anywhere on."""
+    whole = some_files(80)
+    start = kept * 2 * 3 * BLOCK
+    (tmp_path / "s.tar").write_bytes(whole[:start] + bytes(len(whole) - start + more))
+    with pytest.raises(TarError, match=f"ends in .* bytes of zeros from byte {start} on") as caught:
+        open_members(tmp_path / "s.tar")
+    assert caught.value.byte == start
+
+
+@pytest.mark.parametrize("record", [BLOCK, 2 * BLOCK, 10240, 20480, 65536, 1 << 20])
+@pytest.mark.parametrize("count", [1, 3, 80])
+def test_padding_to_whole_records_is_taken(tmp_path: Path, record: int, count: int) -> None:
+    files = some_files(count)[: count * 2 * 3 * BLOCK]
+    for mark in (BLOCK, 2 * BLOCK):
+        size = -(-(len(files) + mark) // record) * record
+        (tmp_path / "s.tar").write_bytes(files + bytes(size - len(files)))
+        assert len(open_members(tmp_path / "s.tar")) == 2 * count
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "without its own end mark"])
+def test_joined_tars_are_refused(tmp_path: Path, cut: bool) -> None:
+    first, second = some_files(4), some_files(2)
+    (tmp_path / "s.tar").write_bytes(first + (second[: 4 * 3 * BLOCK] if cut else second))
+    with pytest.raises(TarError, match="more files after the end mark") as caught:
+        open_members(tmp_path / "s.tar")
+    assert caught.value.byte == len(first)
+
+
+@pytest.mark.parametrize("hole", [(5, 6), (5, 40), (5, 41.5), (3, 479)])
+def test_zeros_in_the_middle_are_no_end(tmp_path: Path, hole: tuple[float, float]) -> None:
+    archive = bytearray(some_files(80))
+    start, stop = (int(edge * 3 * BLOCK) for edge in hole)
+    archive[start : min(stop, 158 * 3 * BLOCK)] = bytes(min(stop, 158 * 3 * BLOCK) - start)
+    (tmp_path / "s.tar").write_bytes(archive)
+    with pytest.raises(TarError, match="after the end mark"):
+        open_members(tmp_path / "s.tar")
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        (b"V", "volume label"), (b"D", "listing of an incremental archive"), (b"Q", "entry of an unknown type"),
+        (b"2", "symbolic link"), (b"6", "named pipe"),
+    ],
+)  # fmt: skip
+def test_entries_that_are_no_files_are_left_out_and_counted(kind: bytes, what: str) -> None:
+    archive = patched(tar_of({"backup of 1/2": b"x" * 700 * (kind in b"DQ"), "a.txt": b"1"}), 0, 156, kind)
+    skipped: Counter[str] = Counter()
+    assert [m.name for m in read_members(archive, "some.tar", skipped=skipped)] == ["a.txt"]
+    assert skipped == {what: 1}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["-V", "a label"], ["-V", "x.jpg", "--format=gnu"], ["-V", "l", "--format=pax"], ["-G"],
+        ["--listed-incremental=snapshot"], ["--format=pax", "--pax-option=globexthdr.name=g,comment=hello"],
+    ],
+)  # fmt: skip
+def test_what_gnu_tar_adds_to_an_archive_is_left_out(tmp_path: Path, options: list[str]) -> None:
+    folder = tmp_path / "files"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub" / "a.txt").write_text("1")
+    (folder / "sub" / "a.jpg").write_text("2")
+    subprocess.run(["tar", "-c", "-f", tmp_path / "s.tar", *options, "-C", folder, "."], check=True, cwd=tmp_path)
+    assert sorted(m.name for m in open_members(tmp_path / "s.tar")) == ["./sub/a.jpg", "./sub/a.txt"]
+
+
+def test_a_member_may_be_named_as_a_compressed_file_begins() -> None:
+    assert [m.name for m in members_of(tar_of({"BZh.txt": b"1"}))] == ["BZh.txt"]
+
+
+def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "s.tar"
+    path.write_bytes(some_files(900))
+    with Window(path) as buffer:
+        members = whole_members(buffer, "s.tar")
+        next(members)
+        os.truncate(path, 2000)
+        with pytest.raises(TarError, match="shrank while it was read"):
+            list(members)
 
 
 def test_next_header_finds_the_way_after_damage() -> None:

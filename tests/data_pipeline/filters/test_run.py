@@ -29,7 +29,8 @@ from data_pipeline.filters import (
     run_filters,
 )
 from data_pipeline.filters.look import UNREADABLE
-from data_pipeline.index import load_index, shard_files
+from data_pipeline.folder import shard_files
+from data_pipeline.index import load_index
 from data_pipeline.sample import Sample
 
 ReadAll = Callable[[Path], list[Sample]]

@@ -1,0 +1,66 @@
+"""What lies in a folder of shards: its tars, and what looks like data and is not read.
+
+A run reads the plain tars that lie in the folder itself. All else that may be meant as data is named with a reason, so
+that nobody trains on half of a set without knowing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from itertools import islice
+from pathlib import Path
+
+COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4|lz|lzma|br|z|7z|zip)|tgz|tbz2?|txz|tzst|tlz)$", re.IGNORECASE)
+UNFINISHED = re.compile(r"\.tar\.(part|partial|tmp|temp|crdownload|download|incomplete|aria2|filepart)$", re.IGNORECASE)
+PARQUET = (".parquet", ".pq")
+MOST_FOLDERS = 200  # looked into for tars
+NAMED = 3  # files in a remark
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file of this name is a shard."""
+    return name.lower().endswith(".tar") and not name.startswith(".")
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The tars of a folder, in order of name; a link to nothing is one of them, a folder is none."""
+    if not folder.is_dir():
+        return []
+    found = (path for path in folder.iterdir() if is_shard(path.name))
+    return sorted(path for path in found if path.is_file() or (path.is_symlink() and not path.exists()))
+
+
+def ignored_in(folder: Path) -> tuple[tuple[str, str], ...]:
+    """(name, why) of all in a folder that may be meant as data and is not read, in order of name."""
+    with os.scandir(folder) as entries:
+        found = ((entry.name, _why_ignored(entry)) for entry in entries if not entry.name.startswith("."))
+        return tuple(sorted((name, why) for name, why in found if why))
+
+
+def _why_ignored(entry: os.DirEntry[str]) -> str:
+    if entry.is_dir():
+        return "a folder, and tars in it are not read" if _holds_tars(entry.path) or is_shard(entry.name) else ""
+    if COMPRESSED.search(entry.name):
+        return "compressed"
+    if UNFINISHED.search(entry.name):
+        return "an unfinished download, by its name"
+    if entry.name.lower().endswith(PARQUET):
+        return "Parquet, and beside tars only these are read"
+    if is_shard(entry.name) and not entry.is_file() and os.path.exists(entry.path):
+        return "not a regular file"
+    return ""
+
+
+def _holds_tars(path: str) -> bool:
+    """Whether there is a tar, packed or not, anywhere under a folder, as far as that is quickly seen."""
+    below = islice(os.walk(path), MOST_FOLDERS)
+    return any(is_shard(name) or COMPRESSED.search(name) for _, _, files in below for name in files)
+
+
+def remark_of(ignored: tuple[tuple[str, str], ...]) -> str:
+    """What is to be said of such files, in a few words: the first NAMED of them, and how many there are."""
+    named = ", ".join(f"{name} ({why})" for name, why in ignored[:NAMED])
+    more = f" and {len(ignored) - NAMED} more" if len(ignored) > NAMED else ""
+    count = "1 file or folder" if len(ignored) == 1 else f"{len(ignored)} files or folders"
+    return f"{count} beside the tars {'is' if len(ignored) == 1 else 'are'} not read: {named}{more}"
