@@ -28,3 +28,10 @@ class DamagedSampleError(DataError):
 def first_line(error: BaseException) -> str:
     """What an error says, in one line: those of Arrow and Ray go on, or end in a line break."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """The text with what could move a terminal's cursor or break a line (control characters) as escapes."""
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)

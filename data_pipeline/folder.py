@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
@@ -41,15 +42,25 @@ def ignored_in(folder: Path) -> tuple[tuple[str, str], ...]:
 def _why_ignored(entry: os.DirEntry[str]) -> str:
     if entry.is_dir():
         return "a folder, and tars in it are not read" if _holds_tars(entry.path) or is_shard(entry.name) else ""
-    if COMPRESSED.search(entry.name):
-        return "compressed"
-    if UNFINISHED.search(entry.name):
-        return "an unfinished download, by its name"
-    if entry.name.lower().endswith(PARQUET):
-        return "Parquet, and beside tars only these are read"
+    if why := _why_by_name(entry.name):
+        return why
     if is_shard(entry.name) and not entry.is_file() and os.path.exists(entry.path):
         return "not a regular file"
     return ""
+
+
+def ignored_names(names: Iterable[str]) -> tuple[tuple[str, str], ...]:
+    """As ignored_in, of the names of files that a server lists."""
+    found = ((name, _why_by_name(name)) for name in names if not name.startswith("."))
+    return tuple(sorted((name, why) for name, why in found if why))
+
+
+def _why_by_name(name: str) -> str:
+    if COMPRESSED.search(name):
+        return "compressed"
+    if UNFINISHED.search(name):
+        return "an unfinished download, by its name"
+    return "Parquet, and beside tars only these are read" if name.lower().endswith(PARQUET) else ""
 
 
 def _holds_tars(path: str) -> bool:

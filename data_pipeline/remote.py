@@ -26,11 +26,12 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import DataError
+from data_pipeline.folder import ignored_names, is_shard
 from data_pipeline.index import (
     INDEX_FILE,
     Index,
@@ -80,7 +81,7 @@ def open_remote(url: str, cache: Cache) -> tuple[RemoteFiles, Index]:
         unfinished.write_bytes(text)
     index = Index.load(files.folder)
     names = files.names()
-    listed = [] if names is None else [name for name in names if _is_shard(name)]
+    listed = [] if names is None else [name for name in names if is_shard(name)]
     extra = sorted(set(listed) - {shard.file for shard in index.shards})
     if extra:
         raise DataError(
@@ -94,7 +95,7 @@ def open_remote(url: str, cache: Cache) -> tuple[RemoteFiles, Index]:
             raise DataError(f"{files.url}/{shard.file} is in the index, but there is no such file")
         if known.size is not None and known.size != shard.bytes:
             raise DataError(f"{files.url}/{shard.file} has {known.size} bytes, but {shard.bytes} in the index")
-    return files, index
+    return files, replace(index, ignored=ignored_names(names or ()))
 
 
 def _first_sight(files: RemoteFiles) -> Index:
@@ -104,7 +105,7 @@ def _first_sight(files: RemoteFiles) -> Index:
         raise DataError(
             f"{files.url} could not be listed, and there is no {INDEX_FILE}: allow the listing, or put an index there"
         )
-    names = sorted(filter(_is_shard, listed))
+    names = sorted(filter(is_shard, listed))
     if not names:
         raise FileNotFoundError(f"no data set at {files.url}: there is no {INDEX_FILE} and no .tar file to be seen")
     files.ask_about(names)
@@ -114,21 +115,17 @@ def _first_sight(files: RemoteFiles) -> Index:
         if json.loads((files.folder / MARKS_FILE).read_text(encoding="utf-8")) == told and [
             (shard.file, shard.bytes) for shard in known.shards
         ] == [(name, told[name][0] or shard.bytes) for name, shard in zip(names, known.shards, strict=True)]:
-            return known
+            return replace(known, ignored=ignored_names(listed))
     except (OSError, ValueError, DataError):
         pass
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
-        index = Index(tuple(pool.map(files.read_through, names)))
+        index = Index(tuple(pool.map(files.read_through, names)), ignored_names(listed))
     if index.samples == 0:
         raise DataError(f"there is no sample in the {len(names)} .tar files of {files.url}")
     index.save(files.folder)
     with written_whole(files.folder / MARKS_FILE) as unfinished:
         unfinished.write_text(json.dumps(told), encoding="utf-8")
     return index
-
-
-def _is_shard(name: str) -> bool:
-    return name.endswith(".tar") and not name.startswith(".")
 
 
 class RemoteFiles:

@@ -84,7 +84,7 @@ def scan_tar(path: Path) -> Scan:
         for number, member in enumerate(whole_members(buffer, str(path), skipped)):
             split = split_name(member.name)
             if split is None:
-                loose += _is_loose(member.name)
+                loose += is_loose(member.name)
                 continue
             found.add(*split, member, buffer[member.offset : member.offset + member.size])
             if number % 1024 == 0:
@@ -98,7 +98,7 @@ def read_table(path: Path) -> ShardTable:
     return scan_tar(path).table
 
 
-def _is_loose(name: str) -> bool:
+def is_loose(name: str) -> bool:
     """Whether a file that is no field is one by mistake: hidden files and `__meta__` are left out on purpose."""
     base = name.rpartition("/")[2]
     return not base.startswith(".") and not name.startswith("__")

@@ -1,11 +1,13 @@
-"""What is in a data set, in numbers: counts, captions, pictures, sound, labels, and how even the shards are.
+"""What is in a data set, in numbers: counts, captions, images, sound, labels, and how even the shards are.
 
 Design choices:
-- Counts and balance come from the index and are exact. What needs a look inside comes from a bounded number of
-  samples, drawn evenly over the whole data set and always the same ones.
-- Pictures and sounds are asked for their size only: headers are read, nothing is decoded.
+- Tables of offsets hold sizes of images, lengths of captions and labels, so that a folder of tars is counted whole and
+  no sample is opened. Tables of an early version are completed first, where that is possible.
+- Parquet, and what is large and at a URL, has no such tables at hand: there a bounded number of samples is opened,
+  drawn evenly over the whole data set and always the same ones. Of images and sounds only the headers are read.
 - A sample that cannot be read is counted, not raised: `weft data check` says what is wrong with it. A server that does
   not answer is raised: it would be waited for once more at each sample.
+- What lies there and is not read, or is missing in some samples, is said (`remarks`).
 """
 
 from __future__ import annotations
@@ -22,13 +24,17 @@ import numpy as np
 from PIL import Image
 
 from data_pipeline.errors import DamagedSampleError, DataError
-from data_pipeline.index import Index
+from data_pipeline.index import TABLES, Index, complete_tables
 from data_pipeline.order import Order
+from data_pipeline.parquet import ParquetFiles
 from data_pipeline.reader import Dataset, open_dataset
 from data_pipeline.remote import is_url
 from data_pipeline.sample import Sample, modalities_of
+from data_pipeline.table import ShardTable
 
 BINS = 10
+OPENED = 2000  # samples, where they have to be opened
+MOST_FETCHED = 1_000_000  # samples whose tables are fetched from a URL to be counted
 MOST_NAMES = 100  # labels and picture sizes told apart by name, the most frequent
 
 
@@ -67,20 +73,25 @@ class DatasetStats:
     sound_seconds: Spread
     labelled: int
     labels: dict[str, int]  # label -> samples, the most frequent first
+    remarks: tuple[str, ...] = ()  # what is not read, or missing in some samples
 
 
-def dataset_stats(path: str | Path, *, sample_limit: int = 2000) -> DatasetStats:
-    """Numbers about what `open_dataset` finds at `path`, at most `sample_limit` samples of it opened.
+def dataset_stats(path: str | Path, *, sample_limit: int | None = None) -> DatasetStats:
+    """Numbers about what `open_dataset` finds at `path`, at most `sample_limit` samples of it looked at.
 
-    Raises FileNotFoundError when there is no data set, DataError when its index and shards disagree or a server does
-    not answer, ValueError for a limit below 1.
+    By default all samples where the tables of offsets tell of them, and else OPENED. Raises FileNotFoundError when
+    there is no data set, DataError when its index and shards disagree or a server does not answer, ValueError for a
+    limit below 1.
     """
-    if sample_limit < 1:
+    if sample_limit is not None and sample_limit < 1:
         raise ValueError(f"sample_limit is {sample_limit}: give 1 or more")
-    dataset = open_dataset(path)
+    dataset = _with_details(open_dataset(path))
     seen = _Seen()
-    for sample in _some_samples(dataset, sample_limit):
-        seen.add(sample)
+    if _has_details(dataset):
+        _look_into_tables(dataset, sample_limit, seen)
+    else:
+        for sample in _some_samples(dataset, sample_limit or OPENED):
+            seen.add(sample)
     shards = dataset.index.shards
     return DatasetStats(
         samples=len(dataset),
@@ -101,7 +112,38 @@ def dataset_stats(path: str | Path, *, sample_limit: int = 2000) -> DatasetStats
         sound_seconds=spread_of(seen.sound_seconds),
         labelled=seen.labels.total(),
         labels=dict(seen.labels.most_common(MOST_NAMES)),
+        remarks=tuple(dataset.index.remarks()),
     )
+
+
+def _with_details(dataset: Dataset) -> Dataset:
+    """The data set with tables that have details, where they can be completed: in a folder that can be written to."""
+    if not isinstance(dataset.source, Path):
+        return dataset
+    try:
+        return Dataset(dataset.source, complete_tables(dataset.source, dataset.index))
+    except (OSError, DataError):  # it stays as it is, and samples are opened, one by one
+        return dataset
+
+
+def _has_details(dataset: Dataset) -> bool:
+    """Whether the tables tell all, and are at hand or soon fetched."""
+    if isinstance(dataset.files, ParquetFiles) or dataset.index.tables < TABLES:
+        return False
+    return not is_url(dataset.folder) or len(dataset) <= MOST_FETCHED
+
+
+def _look_into_tables(dataset: Dataset, limit: int | None, seen: _Seen) -> None:
+    """Count the samples, or so many of them, from the tables of offsets."""
+    assert not isinstance(dataset.files, ParquetFiles)
+    drawn = np.arange(0) if limit is None else _drawn(len(dataset), limit)
+    start = 0
+    for shard in dataset.index.shards:
+        inside = drawn[(drawn >= start) & (drawn < start + shard.samples)] - start
+        rows = np.arange(shard.samples) if limit is None else inside
+        start += shard.samples
+        if rows.size:
+            seen.add_table(dataset.files.table(shard), rows)
 
 
 def spread_of(numbers: Iterable[float]) -> Spread:
@@ -159,6 +201,38 @@ class _Seen:
         self.sound_seconds: list[float] = []
         self.labels: Counter[str] = Counter()
 
+    def add_table(self, table: ShardTable, rows: np.ndarray) -> None:
+        """Count the samples of a shard that these rows of its table are of."""
+        details = table.details
+        if details is None:
+            raise DataError("a table of offsets has no details, though its index is of a version that has them")
+        self.opened += rows.size
+        self.unreadable += int(np.count_nonzero(details.unreadable[rows]))
+        counts = np.diff(table.first)
+        held = np.isin(np.repeat(np.arange(len(table)), counts), rows)
+        for name, number in zip(table.field_names, np.bincount(table.field[held], minlength=1), strict=False):
+            self.fields[name] += int(number)
+        for modality in modalities_of(table.field_names):
+            has = np.array([modality in modalities_of([name]) for name in table.field_names])
+            holding = np.add.reduceat(has[table.field].astype(np.int64), table.first[:-1]) > 0
+            self.modalities[modality] += int(np.count_nonzero(holding[rows]))
+        captions = details.captions
+        of_caption = np.isin(np.repeat(np.arange(len(table)), np.maximum(captions, 0)), rows)
+        self.captions_per_sample.extend(captions[rows][captions[rows] >= 0].tolist())
+        self.caption_characters.extend(details.caption_characters[of_caption].tolist())
+        self.caption_words.extend(details.caption_words[of_caption].tolist())
+        with_image = rows[details.width[rows] > 0]
+        sizes = np.stack([details.width[with_image], details.height[with_image]], axis=1)
+        self.image_sides.extend(sizes.min(axis=1).tolist() if sizes.size else [])
+        for (width, height), number in zip(*np.unique(sizes, axis=0, return_counts=True), strict=True):
+            self.image_sizes[f"{width} x {height}"] += int(number)
+        seconds = details.seconds[rows]
+        self.sound_seconds.extend(seconds[np.isfinite(seconds)].tolist())
+        labels = np.bincount(details.label[rows] + 1, minlength=1)[1:]
+        self.labels.update(
+            {name: int(number) for name, number in zip(details.label_names, labels, strict=False) if number}
+        )
+
     def add(self, sample: Sample | None) -> None:
         """Count a sample; None is one that could not be read at all."""
         self.opened += 1
@@ -194,10 +268,14 @@ class _Seen:
             self.sound_seconds.append(sound_seconds(sample.fields[sample.audio_field]))
 
 
+def _drawn(samples: int, limit: int) -> np.ndarray:
+    """At most `limit` sample ids, evenly drawn, ascending, always the same."""
+    return np.sort(Order(samples, seed=0).sample_ids(np.arange(min(limit, samples))))
+
+
 def _some_samples(dataset: Dataset, limit: int) -> Iterator[Sample | None]:
     """At most `limit` samples, evenly drawn, in order; None for one whose bytes cannot be read."""
-    count = min(limit, len(dataset))
-    drawn = np.sort(Order(len(dataset), seed=0).sample_ids(np.arange(count))).tolist()
+    drawn = _drawn(len(dataset), limit).tolist()
     for shard, places in groupby(map(dataset.locate, drawn), key=lambda place: place[0]):
         # a reader of this shard alone, so that its table of offsets goes when it is done
         reader = Dataset(dataset.source, Index((dataset.index.shards[shard],)))

@@ -414,6 +414,10 @@ def _fail(sentence: str, code: int, lasting: bool = True) -> int:
     from pretrain.job import Job, this_job
     from pretrain.launch import leave_word
 
+    if not sentence.isprintable():  # names from data may hold what moves a terminal's cursor
+        from data_pipeline.errors import printable
+
+        sentence = "\n".join(map(printable, sentence.splitlines()))
     try:
         job = this_job()
     except RequestError:  # which is not what this command has failed of, or is told already

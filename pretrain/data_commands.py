@@ -110,7 +110,10 @@ def check(
 def stats(
     # no Path, which would make one slash of the two in a URL
     path: Annotated[str, typer.Argument(metavar="PATH", help="As data.train, or the parent of train/ and test/.")],
-    samples: Annotated[int, typer.Option(min=1, help="At most so many samples are opened, spread evenly.")] = 2000,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=1, help="Count at most so many samples, spread evenly; default: all where the index tells."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Count samples, bytes and modalities; lengths of captions, sizes of pictures, balance of shards."""
@@ -175,6 +178,7 @@ def order(
 ) -> None:
     """Print which samples a run reads at any stretch of its order; or, with --quality, how good that order is."""
     from data_pipeline.block_order import BlockOrder, quality_of
+    from data_pipeline.errors import printable
     from data_pipeline.order import LARGEST, Order
     from data_pipeline.reader import open_dataset, read_order
 
@@ -204,7 +208,7 @@ def order(
         head = {"path": str(path), "fingerprint": dataset.fingerprint, "samples": len(dataset)}
         print_json({**head, "seed": seed, "shuffle": shuffle, "block": block, "rows": rows})
         return
-    lines = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+    lines = [list(rows[0]), *([printable(str(value)) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:  # no rich table: it would cut long keys to the width of the terminal
         print("  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip())
@@ -274,10 +278,12 @@ def _split(folder: Path, ranks: int, workers: int) -> dict[str, Any]:
 
 
 def _show_report(folder: str, report: CheckReport) -> None:
+    from data_pipeline.errors import printable
+
     console = Console(soft_wrap=True)
     for problem in sorted(report.problems, key=lambda problem: problem.severity != "error")[:SHOWN]:
         colour = "red" if problem.severity == "error" else "yellow"
-        console.print(f"[{colour}]{problem.severity}[/{colour}] {escape(str(problem))}", highlight=False)
+        console.print(f"[{colour}]{problem.severity}[/{colour}] {escape(printable(str(problem)))}", highlight=False)
     show_more(console, len(report.problems))
     verdict = "[green]good[/green]" if report.ok else "[red]bad[/red]"
     errors, warnings = len(report.errors), len(report.problems) - len(report.errors)
@@ -289,6 +295,7 @@ def _show_report(folder: str, report: CheckReport) -> None:
 
 
 def _show_stats(folder: str, counted: DatasetStats) -> None:
+    from data_pipeline.errors import printable
     from data_pipeline.page import readable_size
 
     console = Console()
@@ -300,6 +307,8 @@ def _show_stats(folder: str, counted: DatasetStats) -> None:
     facts.add_row("opened", f"{plural(counted.opened, 'sample')}, {counted.unreadable} not fully readable")
     holding = (f"{name} {_share(number, counted.opened)}" for name, number in counted.modalities.items())
     facts.add_row("holding", ", ".join(holding) or "neither picture, text nor sound")
+    for remark in counted.remarks:
+        facts.add_row("[yellow]note[/yellow]", escape(printable(remark)))
     labels = f", {plural(len(counted.labels), 'label')}" if counted.labels else ""
     facts.add_row("labelled", f"{_share(counted.labelled, counted.opened)}{labels}")
     spreads = {
@@ -324,13 +333,17 @@ def _show_stats(folder: str, counted: DatasetStats) -> None:
 
 def _show_bars(console: Console, title: str, counts: dict[str, int], total: int) -> None:
     """A bar for each of the counts, the first SHOWN of them."""
+    from data_pipeline.errors import printable
+
     if not counts:
         return
     table = Table(box=None, show_header=False)
     table.add_column(justify="right", max_width=40, no_wrap=True)
     for name, number in list(counts.items())[:SHOWN]:
         length = round(BAR * number / max(counts.values()))
-        table.add_row(escape(name), "█" * length or "·", f"{number:,}", f"[dim]{_share(number, total)}[/dim]")
+        table.add_row(
+            escape(printable(name)), "█" * length or "·", f"{number:,}", f"[dim]{_share(number, total)}[/dim]"
+        )
     console.print(f"[bold]{title}[/bold]")
     console.print(table)
     show_more(console, len(counts))

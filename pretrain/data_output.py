@@ -48,6 +48,7 @@ def print_json(tree: dict[str, Any]) -> None:
 
 def show_written(out: Path, parts: dict[str, Written], as_json: bool, more: dict[str, Any] | None = None) -> None:
     """What was written to the sub-folders of `out`; `more`: what else to say in JSON."""
+    from data_pipeline.errors import printable
     from data_pipeline.page import readable_size
 
     if as_json:
@@ -63,9 +64,9 @@ def show_written(out: Path, parts: dict[str, Written], as_json: bool, more: dict
             console.print(f"[yellow]skipped {len(written.skipped)}:[/yellow]")
         if len(written.skipped) > SHOWN:
             for reason, number in _reasons(written).items():
-                console.print(escape(f"  {number} x {reason}"), highlight=False)
+                console.print(escape(printable(f"  {number} x {reason}")), highlight=False)
         for skip in written.skipped[:SHOWN]:
-            console.print(escape(f"  {skip.source}: {skip.reason}"))
+            console.print(escape(printable(f"  {skip.source}: {skip.reason}")))
         show_more(console, len(written.skipped))
 
 

@@ -17,6 +17,7 @@ import torch
 
 import kernels
 from data_pipeline import Dataset, Joined
+from data_pipeline.errors import printable
 from pretrain import run_folder
 from pretrain.agreement import refuse_different_ranks
 from pretrain.certificate import Certificate
@@ -153,6 +154,9 @@ def _train(
     order = reading_order(recipe, dataset, picture_aspects(recipe, dataset, ranks))
     if ranks.is_first and (shapes := shapes_of(order)):
         line.say(shapes)
+    if ranks.is_first:
+        for remark in (*dataset.remarks(), *(test.remarks() if test else ())):
+            line.say(printable(remark))
     quarantine = Quarantine(recipe, start, ranks, len(dataset), line.say)
     waiting_hint = WaitHint(recipe.data.loader, recipe.data.workers, layout.world, os.cpu_count() or 1)
     guard = Guard(settings, run, checkpoint.guard if checkpoint else None)
