@@ -17,6 +17,7 @@ from pathlib import Path
 
 from data_pipeline.errors import DataError
 from data_pipeline.files import LocalFiles
+from data_pipeline.folder import is_shard
 from data_pipeline.index import INDEX_FILE, Index, load_index, written_whole
 
 SEEN_FILE = "seen.json"
@@ -63,7 +64,7 @@ def _link(real: Path, mirror: Path) -> dict[str, list[int]]:
     for name in names:
         with suppress(FileExistsError):  # of another process, or of an earlier time
             os.symlink(real / name, mirror / name)
-    shards = {name: (real / name).stat() for name in sorted(names) if name.endswith(".tar")}
+    shards = {name: (real / name).stat() for name in sorted(names) if is_shard(name)}
     return {name: [status.st_size, status.st_mtime_ns] for name, status in shards.items()}
 
 

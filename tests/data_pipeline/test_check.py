@@ -13,6 +13,7 @@ import soundfile
 from tars import BLOCK, picture, special, tar_of
 
 from data_pipeline.check import CheckReport, Problem, check_dataset
+from data_pipeline.errors import DataError
 from data_pipeline.index import INDEX_FILE, load_index, table_path
 
 
@@ -96,7 +97,8 @@ def test_a_check_writes_nothing_and_needs_no_index(tmp_path: Path) -> None:
 def test_bad_fields_are_errors_with_their_place(tmp_path: Path, name: str, data: bytes, words: str) -> None:
     files = {"bad.png": picture(), "bad.txt": b"words"} if not name.endswith(".txt") else {"bad.png": picture()}
     folder = dataset(tmp_path, good(0) | files | {name: data} | good(1))
-    problem = only_problem(folder)
+    problem = next(p for p in check(folder).problems if p.severity == "error")
+    assert len(check(folder).errors) == 1
     assert (problem.severity, problem.shard, problem.key) == ("error", "s0.tar", "bad")
     assert problem.byte == place_of(folder, name)
     assert words in problem.reason
@@ -157,10 +159,12 @@ def test_captions_may_be_in_the_json_field_alone(tmp_path: Path) -> None:
 def test_what_a_whole_shard_lacks_is_said_once(tmp_path: Path) -> None:
     folder = dataset(tmp_path, {f"t{i}.txt": b"words" for i in range(50)}, {f"u{i}.png": picture() for i in range(40)})
     report = check(folder)
-    assert [(p.shard, p.key, p.reason) for p in report.problems] == [
+    assert [(p.shard, p.key, p.reason) for p in report.problems if p.severity == "warning"] == [
         ("s0.tar", None, "none of its 50 samples has an image"),
         ("s1.tar", None, "none of its 40 samples has a caption"),
     ]
+    (error,) = report.errors  # and so no run can learn from any
+    assert error.reason.startswith("no sample has both an image and a caption: the fields are called txt, png")
     assert report.samples == 90
 
 
@@ -360,3 +364,118 @@ def test_nothing_to_check(tmp_path: Path) -> None:
         check(tmp_path)
     (tmp_path / "s.tar").write_bytes(tar_of({}))
     assert [p.reason for p in check(tmp_path).errors] == ["there is no sample in the whole data set"]
+
+
+def merged(*names: str) -> dict[str, bytes]:
+    return {name: picture(seed) if name.endswith("png") else b"words" for seed, name in enumerate(names)}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("cat.png", "cat.txt", "cat.2.png", "cat.2.txt", "cat.3.png", "cat.3.txt"),
+        ("cat.png", "cat.txt", "cat.2.png"),
+        ("img.v2.000.png", "img.v2.000.txt", "img.v2.001.png", "img.v2.001.txt"),
+        ("cat.black.png", "cat.black.txt", "cat.white.png", "cat.white.txt"),
+    ],
+)
+def test_samples_that_one_name_swallows_are_an_error(tmp_path: Path, names: tuple[str, ...]) -> None:
+    dataset(tmp_path, good(0) | merged(*names))
+    (error,) = check(tmp_path).errors
+    assert f"{sum(name.endswith('png') for name in names)} images in one sample" in error.reason
+    assert "a name ends at its first dot" in error.reason
+    assert (error.key, error.byte) == (names[0].split(".")[0], place_of(tmp_path, names[0]))
+
+
+def test_merged_samples_are_one_error_a_shard(tmp_path: Path) -> None:
+    names = [f"cat{i}{more}.{kind}" for i in range(5) for more in ("", ".2") for kind in ("png", "txt")]
+    dataset(tmp_path, merged(*names))
+    assert only_problem(tmp_path).reason.endswith("a run reads png only; so in 4 more of its samples")
+
+
+@pytest.mark.parametrize("other", ["left.png", "seg.png"])
+def test_views_and_masks_beside_an_image_are_a_warning(tmp_path: Path, other: str) -> None:
+    problem = only_problem(dataset(tmp_path, merged("a.png", "a.txt", f"a.{other}")))
+    assert (problem.severity, problem.key) == ("warning", "a")
+    assert "a run reads png only" in problem.reason
+
+
+@pytest.mark.parametrize(
+    ("names", "fields"),
+    [
+        ([f"{i}.{kind}" for i in range(3) for kind in ("input.png", "outputs.txt")], "input.png, outputs.txt"),
+        ([f"{i}/{kind}" for i in range(3) for kind in ("image.png", "caption.txt")], "png, txt"),
+        ([f"images/{i}.png" for i in range(3)] + [f"captions/{i}.txt" for i in range(3)], "png, txt"),
+        ([f"{i}.{kind}" for i in range(3) for kind in ("png", "caption")], "png, caption"),
+        ([f"{i}.png" for i in range(3)], "png"),
+    ],
+)
+def test_a_set_of_which_no_sample_is_a_pair_is_not_good(tmp_path: Path, names: list[str], fields: str) -> None:
+    (error,) = check(dataset(tmp_path, merged(*names))).errors
+    assert error.shard == INDEX_FILE
+    assert f"no sample has both an image and a caption: the fields are called {fields} " in error.reason
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"a.png": picture(), "a.json": b'{"label": "cat"}'},
+        {"a.png": picture(), "a.json": b'{"qa": [{"question": "q", "answer": "a"}]}'},
+        {"a.png": picture(), "a.flac": sound()},
+        {"a.txt": b"words", "a.flac": sound()},
+    ],
+    ids=["classes", "questions", "image and sound", "sound and caption"],
+)
+def test_pairs_of_other_kinds_are_good(tmp_path: Path, files: dict[str, bytes]) -> None:
+    assert check(dataset(tmp_path, files)).ok
+
+
+def test_what_lies_beside_the_tars_is_an_error(tmp_path: Path) -> None:
+    dataset(tmp_path, good(0))
+    (tmp_path / "t.TAR").write_bytes(tar_of(good(1)))
+    for name in ("u.tar.gz", "v.tgz", "w.tar.zst", "x.tar.part"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "y.tar").write_bytes(tar_of(good(2)))
+    report = check(tmp_path)
+    assert [error.shard for error in report.errors] == ["more", "t.TAR", "u.tar.gz", "v.tgz", "w.tar.zst", "x.tar.part"]
+    assert report.samples == 2  # the tar in upper case is read; it is not in the index yet
+    (tmp_path / INDEX_FILE).unlink()
+    assert "t.TAR" not in [error.shard for error in check(tmp_path).errors]
+
+
+@pytest.mark.parametrize("packed", [b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh91AY", b"\xfd7zXZ\0", b"PK\3\4"])
+def test_packed_files_that_are_called_tar(tmp_path: Path, packed: bytes) -> None:
+    dataset(tmp_path, good(0))
+    (tmp_path / INDEX_FILE).unlink()
+    (tmp_path / "t.tar").write_bytes(packed + bytes(9000))
+    (error,) = check(tmp_path).errors
+    assert "is compressed" in error.reason
+    with pytest.raises(DataError, match="is compressed"):
+        load_index(tmp_path)
+
+
+def test_a_tail_of_zeros_is_an_error(tmp_path: Path) -> None:
+    dataset(tmp_path, {f"s{i}.{kind}": good(0)[f"good0.{kind}"] for i in range(40) for kind in ("jpg", "txt")})
+    (tmp_path / INDEX_FILE).unlink()
+    archive, end = (tmp_path / "s0.tar").read_bytes(), place_of(tmp_path, "s9.jpg") - BLOCK
+    (tmp_path / "s0.tar").write_bytes(archive[:end] + bytes(len(archive) - end))
+    (error,) = check(tmp_path).errors
+    assert error.byte == end
+    assert f"ends in {len(archive) - end} bytes of zeros" in error.reason
+
+
+def test_a_caption_of_which_the_end_was_not_written(tmp_path: Path) -> None:
+    (error,) = check(dataset(tmp_path, good(0) | {"a.png": picture(), "a.txt": b"a capt" + bytes(9)})).errors
+    assert error.reason == "the txt field ends in 9 zero bytes: its end was never written?"
+
+
+def test_a_link_to_nothing_and_files_in_no_sample(tmp_path: Path) -> None:
+    dataset(tmp_path, [*good(0).items(), ("README", b"r"), special("tree", tarfile.SYMTYPE, "x")], indexed=False)
+    (tmp_path / "t.tar").symlink_to(tmp_path / "nowhere")
+    report = check(tmp_path)
+    (error,) = report.errors
+    assert (error.shard, error.reason) == ("t.tar", "a link to a file that is not there")
+    reasons = " ".join(p.reason for p in report.problems)
+    assert "1 files without an extension belong to no sample and are not read, as 'README'" in reasons
+    assert "entries that are no files are left out: 1 x symbolic link" in reasons

@@ -20,6 +20,7 @@ from data_pipeline import reader
 from data_pipeline.errors import DataError
 from data_pipeline.remote import Cache
 from data_pipeline.stats import dataset_stats, image_size, sound_seconds, spread_of
+from data_pipeline.table import PLACES
 
 
 def sound(frames: int) -> bytes:
@@ -139,14 +140,45 @@ def test_bad_samples_are_counted_and_the_rest_is_told(tmp_path: Path) -> None:
     assert stats.caption_words.count == 2
 
 
-def test_a_shard_that_shrinks_is_counted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_sample_is_opened_where_the_tables_tell(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = dataset_stats(folder)
+    monkeypatch.setattr(reader.Dataset, "read", None)
+    assert dataset_stats(folder) == whole
+    assert dataset_stats(folder, sample_limit=2).opened == 2
+
+
+def test_tables_tell_the_same_as_the_samples(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import data_pipeline.stats as module
 
-    opened = module.open_dataset(folder)
-    os.truncate(folder / "s1.tar", 600)
-    monkeypatch.setattr(module, "open_dataset", lambda folder: opened)  # it was whole when it was opened
-    stats = dataset_stats(folder)
-    assert (stats.opened, stats.unreadable) == (4, 1)
+    (folder / "s2.tar").write_bytes(tar_of({"e.png": b"no", "e.txt": b"\xff", "f.png": picture(), "f.txt": b"x y"}))
+    for limit in (None, 3, 5):
+        told = dataset_stats(folder, sample_limit=limit)
+        monkeypatch.setattr(module, "_has_details", lambda dataset: False)
+        opened = dataset_stats(folder, sample_limit=limit)
+        monkeypatch.undo()
+        assert (told.unreadable, told.fields, told.labels) == (opened.unreadable, opened.fields, opened.labels)
+        assert told == opened
+
+
+def test_tables_of_an_early_version_are_completed(folder: Path) -> None:
+    whole = dataset_stats(folder)
+    tree = json.loads((folder / "index.json").read_text())
+    del tree["tables"], tree["fingerprint"]
+    (folder / "index.json").write_text(json.dumps(tree))
+    for path in folder.glob("*.npz"):
+        with np.load(path) as arrays:
+            early = {name: arrays[name] for name in (*PLACES, "aspect", "field_names", "checksum")}
+        with path.open("wb") as file:
+            np.savez(file, **early)
+    assert dataset_stats(folder) == whole
+    assert json.loads((folder / "index.json").read_text())["tables"] == 2
+
+
+def test_what_is_not_read_is_said(folder: Path) -> None:
+    (folder / "s1.tar.gz").write_bytes(b"x")
+    (remark, *others) = dataset_stats(folder).remarks
+    assert remark == "1 file or folder beside the tars is not read: s1.tar.gz (compressed)"
+    assert others == ["1 sample without an image", "1 sample without a caption"]
 
 
 def test_parquet_is_counted_as_it_lies(tmp_path: Path) -> None:
