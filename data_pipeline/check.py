@@ -1,4 +1,4 @@
-"""Lint for a folder of shards: every defect with its shard, byte and key, not only the first.
+"""Lint for a folder of shards, or Parquet files: every defect with its shard, byte and key, not only the first.
 
 Design choices:
 - Nothing is written and no index is needed; where there is one, it is held against the shards, checksums included.
@@ -12,21 +12,24 @@ Design choices:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from data_pipeline.check_parquet import check_parquet_file
 from data_pipeline.check_sample import Problem, nothing_to_learn
 from data_pipeline.check_shard import Finding, check_shard, key_at
 from data_pipeline.errors import DataError
 from data_pipeline.folder import ignored_in, shard_files
 from data_pipeline.index import INDEX_FILE, Index, ShardEntry, disagreements
 from data_pipeline.parallel import run_jobs
+from data_pipeline.parquet import is_parquet, parquet_paths
+from data_pipeline.reader import open_dataset
 
 Progress = Callable[[int, int], None]
-Job = tuple[Path, ShardEntry | None, bool]
 
 
 @dataclass(frozen=True)
@@ -56,20 +59,43 @@ def check_dataset(
     decode=False leaves pictures and sound undecoded. `processes`: default all cores, 0 or 1 = this one.
     `progress(done, total)` counts shards. Raises FileNotFoundError when there is neither a tar nor an index.
     """
+    if is_parquet(folder):
+        return _check_parquet(folder, decode, processes, progress)
     if not folder.is_dir():
         raise FileNotFoundError(f"no data set at {folder}: there is no such folder")
     paths = shard_files(folder)
     if not paths and not (folder / INDEX_FILE).is_file():
         raise FileNotFoundError(f"no data set at {folder}: there is no .tar file in it")
     entries, problems = _check_index(folder)
-    findings = _check_shards([(path, entries.get(path.name), decode) for path in paths], processes, progress)
-    problems += [problem for finding in findings for problem in finding.problems]
+    jobs = [(path, entries.get(path.name), decode) for path in paths]
+    findings = _check_shards(check_shard, jobs, processes, progress)
     problems += _keys_in_several_shards(paths, findings)
     problems += [
         Problem("error", name, None, None, f"{why}: nothing in it is read; unpack it here, or move it elsewhere")
         for name, why in ignored_in(folder)
     ]
-    samples = sum(len(finding.key_hashes) for finding in findings)
+    return _report(paths, findings, problems)
+
+
+def _check_parquet(folder: Path, decode: bool, processes: int | None, progress: Progress | None) -> CheckReport:
+    """The same of Parquet files: each on its own, then whether they go together."""
+    paths = parquet_paths(folder)
+    if not paths:
+        raise FileNotFoundError(f"no data set at {folder}: there is no such Parquet file")
+    findings = _check_shards(check_parquet_file, [(path, decode) for path in paths], processes, progress)
+    problems: list[Problem] = []
+    if not any(finding.problems and finding.samples == 0 for finding in findings):  # or it would be told twice
+        try:
+            open_dataset(folder)
+        except DataError as error:
+            problems.append(Problem("error", folder.name, None, None, str(error)))
+    return _report(paths, findings, problems)
+
+
+def _report(paths: list[Path], findings: list[Finding], problems: list[Problem]) -> CheckReport:
+    """The report of these shards; `problems` are those of the whole set."""
+    problems += [problem for finding in findings for problem in finding.problems]
+    samples = sum(finding.samples for finding in findings)
     if samples == 0:
         problems.append(Problem("error", INDEX_FILE, None, None, "there is no sample in the whole data set"))
     elif not any(finding.usable for finding in findings):
@@ -94,9 +120,11 @@ def _check_index(folder: Path) -> tuple[dict[str, ShardEntry], list[Problem]]:
     return {entry.file: entry for entry in index.shards}, found
 
 
-def _check_shards(jobs: list[Job], processes: int | None, progress: Progress | None) -> list[Finding]:
+def _check_shards(
+    check: Callable[..., Finding], jobs: Sequence[tuple[Any, ...]], processes: int | None, progress: Progress | None
+) -> list[Finding]:
     findings: dict[int, Finding] = {}
-    with run_jobs(check_shard, jobs, processes=processes) as results:
+    with run_jobs(check, jobs, processes=processes) as results:
         for number, finding in results:
             findings[number] = finding
             if progress:

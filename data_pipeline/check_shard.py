@@ -29,6 +29,7 @@ class Finding:
     problems: list[Problem] = field(default_factory=list)
     key_hashes: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))  # uint64 [samples]
     key_bytes: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # int64 [samples]
+    samples: int = 0  # keys that are there twice counted once, in a tar
     usable: int = 0  # samples that a run can learn from
     fields: Counter[str] = field(default_factory=Counter)  # field name -> samples that have it
 
@@ -114,6 +115,7 @@ def _check_samples(shard: str, buffer: mmap.mmap, decode: bool, finding: Finding
     hashes = [hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest() for key in places]
     finding.key_hashes = np.frombuffer(b"".join(hashes), np.uint64)
     finding.key_bytes = np.fromiter(places.values(), np.int64, len(places))
+    finding.samples = len(places)
 
 
 def _walk(shard: str, buffer: mmap.mmap, found: list[Problem], skipped: Counter[str]) -> Iterator[Member | None]:

@@ -75,3 +75,17 @@ def remark_of(ignored: tuple[tuple[str, str], ...]) -> str:
     more = f" and {len(ignored) - NAMED} more" if len(ignored) > NAMED else ""
     count = "1 file or folder" if len(ignored) == 1 else f"{len(ignored)} files or folders"
     return f"{count} beside the tars {'is' if len(ignored) == 1 else 'are'} not read: {named}{more}"
+
+
+def hint_of_pattern(path: str) -> str:
+    """What to give instead of single shards or a pattern of them, as webdataset takes; "" for other paths."""
+    folder, _, name = path.rpartition("/")
+    special = "*{" if "://" in path else "*?[{"  # a URL may have the others for reasons of its own
+    if not (is_shard(name) or any(letter in path for letter in special) or path.startswith("pipe:")):
+        return ""
+    while any(letter in folder for letter in special):
+        folder = folder.rpartition("/")[0]
+    return (
+        f"; weft reads all tars of a folder and expands no patterns: give the folder, {folder or '.'}, several as "
+        "data.train and data.also, or for some of the tars a new folder with links to them"
+    )

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import DataError
-from data_pipeline.folder import ignored_in, remark_of, shard_files
+from data_pipeline.folder import hint_of_pattern, ignored_in, remark_of, shard_files
 from data_pipeline.parallel import run_jobs
 from data_pipeline.sample import modalities_of
 from data_pipeline.scan import LeftOut, Pace, scan_tar, sentences
@@ -160,7 +160,7 @@ def load_index(folder: str | Path) -> Index:
     folder = Path(folder)
     if not folder.is_dir():
         what = "it is a file, not a folder of shards" if folder.exists() else "there is no such folder"
-        raise FileNotFoundError(f"no data set at {folder}: {what}")
+        raise FileNotFoundError(f"no data set at {folder}: {what}{hint_of_pattern(str(folder))}")
     if not (folder / INDEX_FILE).is_file():
         return build_index(folder)
     index = Index.load(folder)

@@ -35,7 +35,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import ExitStack, closing, suppress
 from fnmatch import fnmatchcase
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def open_parquet(path: str | Path, cache: Cache) -> tuple[ParquetFiles, Index]:
     if is_url(path):
         return _open_paths(str(path), _refuse_equal_keys(find_remote(str(path), cache, EXTENSIONS)))
     path = Path(path)
-    return _open_paths(path, _paths(path))
+    return _open_paths(path, parquet_paths(path))
 
 
 def is_parquet_at(url: str, cache: Cache) -> bool:
@@ -120,6 +120,10 @@ class ParquetFiles:
     def key(self, entry: ShardEntry, row: int) -> str:
         """The key of a row of a file."""
         return f"{Path(entry.file).stem}/{row}"
+
+    def groups(self, entry: ShardEntry) -> list[range]:
+        """The rows of each row group of a file."""
+        return self._file(entry).groups()
 
     def sample(self, entry: ShardEntry, row: int) -> Sample:
         """A row of a file as a sample.
@@ -260,6 +264,10 @@ class _File:
         """Rows in all row groups."""
         return self._first[-1]
 
+    def groups(self) -> list[range]:
+        """The rows of each row group."""
+        return [range(start, stop) for start, stop in pairwise(self._first)]
+
     def locate(self, row: int) -> tuple[int, int]:
         """(row group, row within it) of a row."""
         group = bisect_right(self._first, row) - 1
@@ -284,7 +292,7 @@ class _File:
 # --- which files
 
 
-def _paths(path: Path) -> Sequence[AnyPath]:
+def parquet_paths(path: Path) -> list[Path]:
     """The files that `path` means, in order of name. ValueError for two files of one key."""
     paths: list[Path]
     if path.is_dir():
@@ -295,7 +303,8 @@ def _paths(path: Path) -> Sequence[AnyPath]:
         paths = sorted(each for each in path.parent.glob(path.name) if each.suffix.lower() in EXTENSIONS)
     else:
         paths = []
-    return _refuse_equal_keys(paths)
+    _refuse_equal_keys(paths)
+    return paths
 
 
 def _refuse_equal_keys(paths: Sequence[AnyPath]) -> Sequence[AnyPath]:

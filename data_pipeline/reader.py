@@ -23,6 +23,7 @@ from data_pipeline.damage import opened
 from data_pipeline.decode import image_aspect
 from data_pipeline.errors import DamagedSampleError, DataError
 from data_pipeline.files import LocalFiles
+from data_pipeline.folder import hint_of_pattern
 from data_pipeline.index import Index, ShardTable, load_index
 from data_pipeline.order import ReadingOrder
 from data_pipeline.parquet import ParquetFiles, is_parquet, is_parquet_at, open_parquet
@@ -40,12 +41,14 @@ def open_dataset(path: str | Path, cache: Cache = CACHE) -> Dataset:
     Parquet as parquet.open_parquet does.
     """
     if is_url(path):
+        if hint := hint_of_pattern(str(path)):
+            raise FileNotFoundError(f"no data set at {path}{hint}")
         if is_parquet_at(str(path), cache):
             return Dataset(*open_parquet(path, cache))
         return Dataset(*open_remote(str(path), cache))
-    folder = Path(path)
+    folder = Path(path).expanduser()
     if is_parquet(folder):
-        return Dataset(*open_parquet(path, cache))
+        return Dataset(*open_parquet(folder, cache))
     if not may_write(folder):
         return Dataset(*open_read_only(folder, cache.folder))
     return Dataset(folder, load_index(folder))

@@ -2,7 +2,7 @@
 
 Design choices:
 - A PATH is a folder of shards, or the parent of train/ and test/: then the command does both and says which is which.
-  Parquet is read as it lies by all but `check`, a URL by `stats` and `order`.
+  Parquet is read as it lies, a URL by `stats` and `order`.
 - Exit 1 when the data is bad. Other errors rise to `pretrain.cli.main`, which prints them and knows their exit codes.
 - `data_pipeline` loads torch and is imported inside the commands, so that `weft --help` is quick.
 """
@@ -72,7 +72,7 @@ def synth(
 
 @data.command()
 def check(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder of tars, or the parent of train/ and test/.")],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder of tars, Parquet, or their parent.")],
     decode: Annotated[bool, typer.Option("--decode/--no-decode", help="Decode every picture and sound, too.")] = True,
     ranks: Annotated[int, typer.Option(min=1, help="Ranks to split over: is it even?")] = 1,
     workers: Annotated[int, typer.Option(min=1, help="Workers of each rank, likewise.")] = 1,
@@ -86,7 +86,7 @@ def check(
     from data_pipeline.check import check_dataset
 
     reports: dict[str, CheckReport] = {}
-    for folder in _folders_of_tars(path):
+    for folder in _folders_to_check(path):
         with progress_bar(f"checking {folder}") as progress:
             reports[str(folder)] = check_dataset(folder, decode=decode, processes=processes, progress=progress)
     ok = all(report.ok for report in reports.values())
@@ -184,7 +184,7 @@ def order(
 
     if "://" not in path:
         folders = datasets_in(Path(path))
-        if folders != [Path(path)]:
+        if folders != [Path(path).expanduser()]:
             raise ValueError(f"{path} holds {len(folders)} data sets, each with its own order: give {folders[0]}")
     dataset = open_dataset(path)
     if start >= len(dataset):
@@ -216,7 +216,7 @@ def order(
 
 def datasets_in(path: Path) -> list[Path]:
     """The data sets that `path` means: itself, or its train/ and test/; FileNotFoundError when there is none."""
-    from data_pipeline.folder import shard_files
+    from data_pipeline.folder import hint_of_pattern, shard_files
     from data_pipeline.index import INDEX_FILE
     from data_pipeline.parquet import is_parquet
 
@@ -224,12 +224,12 @@ def datasets_in(path: Path) -> list[Path]:
         tars = folder.is_dir() and (bool(shard_files(folder)) or (folder / INDEX_FILE).is_file())
         return tars or is_parquet(folder)
 
+    path = path.expanduser()
     if is_parquet(path):
         return [path]
-    if not path.exists():
-        raise FileNotFoundError(f"no data set at {path}: there is no such folder")
     if not path.is_dir():
-        raise ValueError(f"{path} is a file: give the folder that holds the shards")
+        what = "it is a file, not a folder of shards" if path.exists() else "there is no such folder"
+        raise FileNotFoundError(f"no data set at {path}: {what}{hint_of_pattern(str(path))}")
     if holds_data(path):
         return [path]
     folders = [path / name for name in ("train", "val", "test") if holds_data(path / name)]
@@ -240,23 +240,14 @@ def datasets_in(path: Path) -> list[Path]:
     raise FileNotFoundError(f"no data set at {path}: no .tar in it, and none in train/ or test/{hint}")
 
 
-def _folders_of_tars(path: str) -> list[Path]:
+def _folders_to_check(path: str) -> list[Path]:
     """The data sets in `path`; ValueError for what `weft data check` cannot check."""
-    from data_pipeline.parquet import is_parquet
-
     if "://" in path:
         raise ValueError(
             f"{path} is a URL, and check reads every byte of a folder on this machine: `weft data stats {path}` opens "
             "some of its samples, and training holds each field that it reads against its checksum"
         )
-    folders = datasets_in(Path(path))
-    for folder in folders:
-        if is_parquet(folder):
-            raise ValueError(
-                f"{folder} is Parquet, and check knows tars only: `weft data stats {folder}` opens its samples and "
-                "counts those that cannot be read, and training names each of them"
-            )
-    return folders
+    return datasets_in(Path(path))
 
 
 def _split(folder: Path, ranks: int, workers: int) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def test_datasets_in(parent: Path, tmp_path: Path) -> None:
     assert datasets_in(parent) == [parent / "test"]
     with pytest.raises(FileNotFoundError, match="no such folder"):
         datasets_in(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="is a file: give the folder"):
+    with pytest.raises(FileNotFoundError, match=r"it is a file, not a folder of shards; .*give the folder"):
         datasets_in(parent / "test" / "s0.tar")
     (tmp_path / "x.tar.gz").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match=r"none in train/ or test/; x\.tar\.gz is compressed"):
@@ -165,11 +165,44 @@ def test_parquet_is_counted_shown_and_ordered_as_tars_are(parent: Path, parquet:
     assert (parquet / "train" / "preview.html").read_text().count("<article>") == 3
 
 
-def test_what_check_cannot_check_is_said(parquet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_parquet_is_checked_as_tars_are(parquet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "check", str(parquet), "--processes", "1", "--json"]) == 0
+    tree = json.loads(capsys.readouterr().out)
+    assert [(each["ok"], each["samples"]) for each in tree["datasets"]] == [(True, 7), (True, 2)]
+    broken = parquet / "train" / "s0.parquet"
+    broken.write_bytes(broken.read_bytes()[:-9])
+    assert main(["data", "check", str(parquet / "train"), "--processes", "1"]) == 1
+    assert "train: bad, 3 samples in 2 shards, 1 error" in capsys.readouterr().out.replace("\n", " ")
+
+
+@pytest.mark.parametrize("name", ["*.tar", "{000..010}.tar", "s0.tar", "s[01].tar"])
+@pytest.mark.parametrize("command", ["check", "stats", "order", "preview"])
+def test_patterns_of_tars_get_a_hint(parent: Path, command: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", command, str(parent / "train" / name)]) == 2
+    assert f"give the folder, {parent / 'train'}, " in capsys.readouterr().err
+
+
+def test_a_tilde_is_the_home_folder(parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(parent))
+    assert run_json("order", "~/train", "--count", 2)["rows"]
+
+
+def test_no_command_prints_control_characters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    key = "a\x1b[2J\nb\r\u202e\x07"
+    files = {f"{key}.png": b"no", f"{key}.json": json.dumps({"label": "l\x1b[1m", "captions": [""]}).encode()}
+    (tmp_path / "s\x1b.tar").write_bytes(tar_of({**files, "good.png": picture(), "good.txt": b"x"}))
+    (tmp_path / "t\x1b.tgz").write_bytes(b"x")
+    for command in ("check", "stats", "order"):
+        main(["data", command, str(tmp_path)])
+        said = capsys.readouterr()
+        assert all(each.isprintable() for line in (said.out + said.err).splitlines() for each in line), command
+    (tmp_path / "s\x1b.tar").write_bytes(b"no tar")
+    assert main(["data", "stats", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.strip().isprintable()
+
+
+def test_what_check_cannot_check_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     for path, sentence in (
-        (parquet / "train", "is Parquet, and check knows tars only: `weft data stats"),
-        (parquet, "train is Parquet, and check knows tars only"),
-        (parquet / "train" / "s0.parquet", "s0.parquet is Parquet, and check knows"),
         ("https://example.org/set", "https://example.org/set is a URL, and check reads every byte of a folder"),
     ):
         assert main(["data", "check", str(path)]) == 2
