@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipeline.errors import DamagedSampleError, DataError
+from data_pipeline.files import LocalFiles
 from data_pipeline.index import TABLES, Index, complete_tables
 from data_pipeline.order import Order
 from data_pipeline.parquet import ParquetFiles
@@ -118,10 +119,11 @@ def dataset_stats(path: str | Path, *, sample_limit: int | None = None) -> Datas
 
 def _with_details(dataset: Dataset) -> Dataset:
     """The data set with tables that have details, where they can be completed: in a folder that can be written to."""
-    if not isinstance(dataset.source, Path):
+    files = dataset.files
+    if not isinstance(files, LocalFiles):
         return dataset
     try:
-        return Dataset(dataset.source, complete_tables(dataset.source, dataset.index))
+        return Dataset(files, complete_tables(files.tables or files.folder, dataset.index))
     except (OSError, DataError):  # it stays as it is, and samples are opened, one by one
         return dataset
 

@@ -438,10 +438,11 @@ def test_what_lies_beside_the_tars_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "y.tar").write_bytes(tar_of(good(2)))
     report = check(tmp_path)
-    assert [error.shard for error in report.errors] == ["more", "t.TAR", "u.tar.gz", "v.tgz", "w.tar.zst", "x.tar.part"]
+    beside = {"more", "u.tar.gz", "v.tgz", "w.tar.zst", "x.tar.part"}
+    assert {error.shard for error in report.errors} == {"t.TAR", *beside}
     assert report.samples == 2  # the tar in upper case is read; it is not in the index yet
     (tmp_path / INDEX_FILE).unlink()
-    assert "t.TAR" not in [error.shard for error in check(tmp_path).errors]
+    assert {error.shard for error in check(tmp_path).errors} == beside
 
 
 @pytest.mark.parametrize("packed", [b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh91AY", b"\xfd7zXZ\0", b"PK\3\4"])
