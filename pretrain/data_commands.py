@@ -31,12 +31,14 @@ from pretrain.data_output import (
     progress_bar,
     show_more,
     show_written,
+    written_tree,
 )
 from pretrain.filter_commands import filter_command, score_command
 from pretrain.import_commands import importers
 
 if TYPE_CHECKING:
     from data_pipeline.check import CheckReport
+    from data_pipeline.shards import Written
     from data_pipeline.stats import DatasetStats, Spread
 
 BAR = 24  # characters of the longest bar of a histogram
@@ -68,6 +70,37 @@ def synth(
             out, train=train, test=test, seed=seed, size=size, sound=sound, processes=processes, progress=progress
         )
     show_written(out, dict(zip(("train", "test"), written, strict=True)), as_json)
+
+
+@data.command()
+def bake(
+    # no Path, which would make one slash of the two in a URL
+    path: Annotated[str, typer.Argument(metavar="IN", help="As data.train, or the parent of train/ and test/.")],
+    out: Annotated[Path, typer.Argument(help="New folder; gets train/ and test/ where IN has them.")],
+    short_side: Annotated[int, typer.Option(min=1, help="Short side of the resized images, pixels.")] = 256,
+    quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality of the resized images.")] = 90,
+    processes: Processes = None,
+    as_json: Json = False,
+) -> None:
+    """Write a data set again with its images resized once, so that training decodes fewer pixels.
+
+    Images that are no larger are kept as they are. Everything else of a sample is kept; its json says what it was.
+    Training refuses what needs larger images. The same command resumes what was interrupted.
+    """
+    from data_pipeline.bake import bake as bake_dataset
+
+    places: list[str | Path] = [path] if "://" in path else list(datasets_in(Path(path)))
+    written: dict[str, Written] = {}
+    for place in places:
+        name = Path(place).name if len(places) > 1 or str(place) != path.rstrip("/") else "."
+        with progress_bar(f"baking {place}") as progress:
+            written[name] = bake_dataset(
+                place, out / name, short_side=short_side, quality=quality, processes=processes, progress=progress
+            )
+    if as_json:
+        print_json({"datasets": [written_tree(out / name, part) for name, part in written.items()]})
+    else:
+        show_written(out, written, as_json=False)
 
 
 @data.command()

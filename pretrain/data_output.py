@@ -52,7 +52,7 @@ def show_written(out: Path, parts: dict[str, Written], as_json: bool, more: dict
     from data_pipeline.page import readable_size
 
     if as_json:
-        tree = {name: _written_tree(out / name, written) for name, written in parts.items()}
+        tree = {name: written_tree(out / name, written) for name, written in parts.items()}
         print_json({"path": str(out), "train": None, "test": None, **tree, **(more or {})})
         return
     console = Console(soft_wrap=True)
@@ -70,7 +70,8 @@ def show_written(out: Path, parts: dict[str, Written], as_json: bool, more: dict
         show_more(console, len(written.skipped))
 
 
-def _written_tree(folder: Path, written: Written) -> dict[str, Any]:
+def written_tree(folder: Path, written: Written) -> dict[str, Any]:
+    """What was written to one folder, in JSON's types."""
     index = written.index
     return {
         "path": str(folder),

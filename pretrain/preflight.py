@@ -11,7 +11,7 @@ from pretrain.evaluation.test_set import require_usable
 from pretrain.models.names import nearest_prefix, parameter_names
 from pretrain.parallel.layout import Layout, lay_out
 from pretrain.run_folder import checkpoint_to_resume
-from pretrain.sources import cache_of, open_training_data, reading_order
+from pretrain.sources import cache_of, open_training_data, reading_order, refuse_upscaling
 
 
 def check(recipe: Recipe, world: int) -> tuple[Layout, Dataset | Joined, Dataset | None, Checkpoint | None]:
@@ -31,6 +31,7 @@ def check(recipe: Recipe, world: int) -> tuple[Layout, Dataset | Joined, Dataset
     test = open_dataset(recipe.data.test, cache_of(recipe)) if recipe.data.test else None
     if test is not None:
         require_usable(test, recipe.eval.samples, captioner=recipe.model.kind == "captioner")
+    refuse_upscaling(recipe, dataset, test)
     if recipe.data.tokenizer and not recipe.data.tokenizer.is_file():
         raise RequestError(f"data.tokenizer is {recipe.data.tokenizer}, and there is no such file")
     checkpoint = checkpoint_to_resume(recipe, dataset.fingerprint)

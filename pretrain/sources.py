@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -19,6 +20,7 @@ from data_pipeline import (
     bucket_sizes,
     open_dataset,
 )
+from data_pipeline.bake import baked_side
 from data_pipeline.index import written_whole
 from pretrain.config import Recipe
 from pretrain.errors import RequestError
@@ -36,6 +38,20 @@ def open_training_data(recipe: Recipe) -> Dataset | Joined:
     cache = cache_of(recipe)
     parts = [open_dataset(path, cache) for path in _paths(recipe)]
     return Joined(parts) if recipe.data.also else parts[0]
+
+
+def refuse_upscaling(recipe: Recipe, dataset: Dataset | Joined, test: Dataset | None) -> None:
+    """RequestError where images that `weft data bake` has made smaller would be enlarged again."""
+    size, least = recipe.model.vision.image_size, recipe.data.crop_scale[0]
+    trained = dataset.parts if isinstance(dataset, Joined) else (dataset,)
+    for part, scale in [*((part, least) for part in trained), *([(test, 1.0)] if test is not None else [])]:
+        side, needed = baked_side(part), math.ceil(size / math.sqrt(scale))
+        if side is not None and side < needed:
+            crop = f" with data.crop_scale from {scale}" if scale < 1 else ""
+            raise RequestError(
+                f"{part.folder} was baked to a short side of {side}, but model.vision.image_size={size}{crop} needs "
+                f"{needed}: bake it again with --short-side {needed} or more, or use smaller images or larger crops"
+            )
 
 
 def reading_order(recipe: Recipe, dataset: Dataset | Joined, aspects: np.ndarray | None = None) -> ReadingOrder:

@@ -18,6 +18,7 @@ import torch
 import kernels
 from data_pipeline import Dataset, Joined
 from data_pipeline.errors import printable
+from data_pipeline.fork_server import start_server
 from pretrain import run_folder
 from pretrain.agreement import refuse_different_ranks
 from pretrain.certificate import Certificate
@@ -53,6 +54,8 @@ def train(recipe: Recipe, command: str) -> int:
     """Train, evaluate and save as the recipe says; returns the exit code. `command` is what resumes the run."""
     job, limit = this_job(), recipe.train.watchdog
     patience = limit or TIMEOUT.total_seconds()
+    if recipe.data.loader == "inprocess" and recipe.data.workers:
+        start_server()  # it imports what the loader's workers need while this process gets ready
     with ExitStack() as held:
         with telling_others(job, patience):
             if job.rank == 0:

@@ -3,6 +3,7 @@
 Ways to make the same batches of size x size RGB images from the same temporary shards:
 
     weft                       our Loader: uint8 out
+    weft_baked                 our Loader on what `weft data bake` made of them: the short side 8/7 of `size`
     webdataset                 webdataset + PIL + float arithmetic in the workers, the pipeline most people write
     webdataset_fast_decoder    webdataset with our decoder and resize, uint8 out: what is left is the loader itself
     the loaders of others      mosaicml-streaming, megatron-energon, Ray Data, where they are installed: peers.py
@@ -42,6 +43,7 @@ from PIL import Image
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader
 
+from data_pipeline.bake import bake
 from data_pipeline.batch import BatchMaker
 from data_pipeline.bench.measure import Speed, measure, pil_pixels
 from data_pipeline.bench.peers import PEERS, Job, PeerProcess
@@ -78,6 +80,8 @@ class LoaderBench:
     webdataset_fast_decoder: Speed
     decode_alone: Speed
     peers: dict[str, Speed | str]  # by the names of peers.PEERS; a str says why there is no speed
+    weft_baked: Speed | str = "not measured"  # our Loader on the same images baked to `baked_side`
+    baked_side: int = 0
 
     @property
     def times_webdataset(self) -> float:
@@ -100,6 +104,11 @@ class LoaderBench:
         return min(self.times_peers.values(), default=None)
 
     @property
+    def times_baked(self) -> float | None:
+        """Samples per CPU-second of baked images over those of the same as they were; None when not measured."""
+        return None if isinstance(self.weft_baked, str) else 1 / self._times(self.weft_baked)
+
+    @property
     def overhead(self) -> float:
         """CPU time a sample beyond decoding and resizing, as a part of those: 0.1 is 10% more."""
         return self.decode_alone.samples_per_cpu_second / self.weft.samples_per_cpu_second - 1
@@ -116,11 +125,13 @@ class LoaderBench:
             "times_peers": self.times_peers,
             "times_best_peer": self.times_best_peer,
             "overhead": self.overhead,
+            "times_baked": self.times_baked,
         }
 
     def __str__(self) -> str:
         rows: dict[str, Speed | str] = {
             "weft": self.weft,
+            f"weft, baked to {self.baked_side}": self.weft_baked,
             "webdataset + PIL": self.webdataset,
             "webdataset + our decoder": self.webdataset_fast_decoder,
             **{PEERS[name].label + " + PIL": speed for name, speed in self.peers.items()},
@@ -150,6 +161,8 @@ class LoaderBench:
             + (f"{best:.2f} x the best of the other peers, " if best is not None else "")
             + f"{self.overhead:+.1%} CPU time over decode and resize alone"
         )
+        if self.times_baked is not None:
+            lines.append(f"  weft on images baked to a short side of {self.baked_side} = {self.times_baked:.2f} x weft")
         lines.append(
             f"  without workers, from opening the data set to the first batch: {self.first_in_process_seconds:.2f} s"
         )
@@ -197,8 +210,14 @@ def bench_loader(
         held = sum(shard.samples for shard in dataset.index.shards[:processes])
         maker = BatchMaker(dataset, ImageTransform(size), None, seed=seed, training=True)
         order = Order(images, seed)
+        side, baked_batches = round(size * 8 / 7), None
+        if side < min(width, height):
+            bake(folder, Path(name) / "baked", short_side=side, samples_per_shard=images // processes)
+            baked = BatchMaker(open_dataset(Path(name) / "baked"), ImageTransform(size), None, seed, training=True)
+            baked_batches = Loader(baked, order, global_batch=batch, workers=workers, stop_step=steps)
         ways: dict[str, Callable[[], Iterable[Any]]] = {
             "weft": lambda: Loader(maker, order, global_batch=batch, workers=workers, stop_step=steps),
+            **({"weft_baked": lambda: baked_batches} if baked_batches is not None else {}),
             "webdataset": lambda: _webdataset(urls, partial(_naive, size=size), batch, steps, workers),
             "webdataset_fast_decoder": lambda: _webdataset(urls, partial(_fast, size=size), batch, steps, workers),
             "decode_alone": lambda: _decode_alone(jpegs, size, batch, steps, workers),
@@ -240,7 +259,9 @@ def bench_loader(
         seed=seed,
         samples=steps * batch,
         first_in_process_seconds=median(firsts[1:]),
-        **{way: speeds[way] for way in ways},
+        weft_baked=speeds.pop("weft_baked", "images are no larger"),
+        **{way: speeds[way] for way in ways if way in speeds},
+        baked_side=side,
         peers={peer: missing[peer] if peer in missing else speeds[peer] for peer in peers},
     )
 

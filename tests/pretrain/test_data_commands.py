@@ -526,3 +526,30 @@ def test_a_process_prints_one_json_object_and_nothing_else(bad: Path) -> None:
     assert found.returncode == 1
     assert json.loads(found.stdout)["ok"] is False
     assert found.stderr == ""
+
+
+def test_bake_writes_each_part_and_says_what_it_skipped(bad: Path, tmp_path: Path) -> None:
+    out = tmp_path / "baked"
+    tree = run_json("bake", bad, out, "--short-side", 5, "--processes", 1)
+    assert [Path(each["path"]).name for each in tree["datasets"]] == ["train", "test"]
+    assert [each["samples"] for each in tree["datasets"]] == [7, 1]
+    (skipped,) = tree["datasets"][1]["skipped"]
+    assert skipped["source"] == "bad[/red]"
+    assert "not a JPEG, PNG or WebP" in skipped["reason"]
+    assert open_dataset(out / "train").read(0).metadata()["baked"]["short_side"] == 5
+    assert "skipped 1" in run("bake", bad / "test", tmp_path / "one", "--short-side", 4)
+    assert (tmp_path / "one" / "index.json").is_file()
+
+
+def test_training_refuses_what_would_enlarge_baked_images(
+    parent: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for part in ("train", "test"):
+        run("bake", parent / part, tmp_path / "baked" / part, "--short-side", 5, "--processes", 1)
+    for part, way in (("train", f"data.test={parent / 'test'}"), ("test", f"data.train={parent / 'train'}")):
+        baked = f"data.{part}={tmp_path / 'baked' / part}"
+        assert main(["train", "quickstart", baked, way, f"run.dir={tmp_path / 'run'}", *TINY]) == 2
+        told = capsys.readouterr().err
+        assert f"{tmp_path / 'baked' / part} was baked to a short side of 5, but model.vision.image_size=32" in told
+        assert "Traceback" not in told
+    assert not (tmp_path / "run").exists()
