@@ -122,7 +122,10 @@ def train_case(
         seen: list[int] = []  # lengths of the sequence between layers
         for module in engine.model.modules():
             if isinstance(module, Chunk):
-                module.block.layers[0].register_forward_hook(lambda _, __, output: seen.append(len(output[0])))
+                axis = int(module.build.batch_first)
+                module.block.layers[0].register_forward_hook(
+                    lambda _, __, output, axis=axis: seen.append(output[0].shape[axis])
+                )
         trained = Trained()
         kept = {} if write else torch.load(truth / f"{label or model}.pt")
         for step in range(STEPS):
