@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint.format import newest_of
+from pretrain.checkpoint.format import newest_first, newest_of, step_folder
 from pretrain.errors import WeftError
 from pretrain.parallel.engine import Stepped
 from pretrain.sections import Train
@@ -70,7 +70,7 @@ class Guard:
         self._in_a_row += 1
         if self._in_a_row > self._settings.max_skipped:
             settle()
-            raise WeftError(f"{self._what_happened(stepped, step)}; {self._what_can_be_done(stepped)}")
+            raise WeftError(f"{self._what_happened(stepped, step)}; {self._what_can_be_done(stepped, step)}")
 
     def _spiked(self, stepped: Stepped) -> bool:
         return math.isfinite(stepped.loss) and stepped.loss > self.loss_limit
@@ -86,9 +86,23 @@ class Guard:
         skipped = f"the last {self._in_a_row} steps were" if self._in_a_row > 1 else "the step was"
         return f"step {step}: {why}; {skipped} skipped, more than train.max_skipped={self._settings.max_skipped}"
 
-    def _what_can_be_done(self, stepped: Stepped) -> str:
+    def _what_can_be_done(self, stepped: Stepped, step: int) -> str:
         change = "a larger train.spike" if self._spiked(stepped) else "a lower train.lr or a longer train.warmup"
-        checkpoint = newest_of(self._run / "checkpoints")
-        if checkpoint is None:
-            return f"there is no checkpoint yet: start again with {change}"
-        return f"start a new run from the last checkpoint, with {change}: run.dir=OTHER train.init_from={checkpoint}"
+        checkpoint = self._last_good(stepped, step)
+        if checkpoint is not None:
+            new = f"run.dir=OTHER train.init_from={checkpoint}"
+            return f"start a new run from the last good checkpoint, with {change}: {new}"
+        if self._settings.init_from is not None and not math.isfinite(stepped.loss):
+            return (
+                f"there is no checkpoint from before: start again with {change}, or from other weights than "
+                f"train.init_from={self._settings.init_from}"
+            )
+        return f"there is no checkpoint from before: start again with {change}"
+
+    def _last_good(self, stepped: Stepped, step: int) -> Path | None:
+        """The newest checkpoint, but none of the weights whose loss is not finite; None when there is none."""
+        newest = newest_of(self._run / "checkpoints")
+        if newest is None or math.isfinite(stepped.loss):
+            return newest
+        spoilt = step_folder(self._run, step - self._in_a_row).name  # no step has changed the weights since
+        return next((path for path in newest_first(self._run) if path.name < spoilt), None)

@@ -188,7 +188,7 @@ def _alone(env: Mapping[str, str]) -> Job:
 
 def _number(env: Mapping[str, str], name: str, least: int = 0, most: int | None = None) -> int:
     text = env[name]
-    allowed = f"a whole number from {least}" + (f" to {most}" if most is not None else " on")
+    allowed = f"a whole number, at least {least}" if most is None else f"a whole number from {least} to {most}"
     if not (text.isascii() and text.isdecimal()) or int(text) < least or (most is not None and int(text) > most):
         raise RequestError(
             f"the environment variable {name} is {text!r}, but it must be {allowed}: set it, or unset it"

@@ -49,8 +49,9 @@ def train(data: Path, run: Path, *more: str) -> int:
 
 
 def sentence(capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line on stderr that starts with the command's name."""
-    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("weft: ")]
+    """The one line on stderr that starts with the command's name, and says what is wrong."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("weft: ")]
+    told = [line for line in lines if "another takes its place" not in line]  # of a slow worker, on a busy machine
     assert len(told) == 1, told
     assert "Traceback" not in told[0]
     return told[0]
@@ -125,16 +126,17 @@ def test_a_truncated_tar_is_named_with_its_byte(
     assert "50000" in capsys.readouterr().out
 
 
-def test_a_test_set_that_cannot_be_used_costs_no_training(
-    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("bad", "good"), [(20, 0), (20, 1), (0, 1)])
+def test_a_test_set_that_cannot_be_used_is_refused_before_the_start(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], bad: int, good: int
 ) -> None:
-    bad = [{"__key__": f"bad{number}", "jpg": b"no picture", "txt": "nothing"} for number in range(20)]
-    test, run = write_shard(tmp_path / "bad", bad), tmp_path / "run"
-    assert train(scenes / "train", run, f"data.test={test}") == 1
-    assert "16 samples in a row of" in sentence(capsys)
-    assert describe(run / "checkpoints" / "step_00000006").step == 6
-    assert train(scenes / "train", run, f"data.test={test}") == 0
-    assert f"nothing to do; `weft eval {run}` scores it" in capsys.readouterr().err
+    samples = [{"__key__": f"bad{number}", "jpg": b"no picture", "txt": "nothing"} for number in range(bad)]
+    test, run = write_shard(tmp_path / "bad", [*samples, *foreign_samples(good)]), tmp_path / "run"
+    assert train(scenes / "train", run, f"data.test={test}") == 2
+    told = sentence(capsys)
+    assert f"the test set {test} has {good} usable sample" in told
+    assert ("'bad19' in" in told) == bool(bad)
+    assert not run.exists()
 
 
 def test_a_shard_that_goes_before_training_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -273,7 +275,7 @@ def test_two_ranks_end_together_with_one_sentence(tmp_path: Path) -> None:
     data = write_shard(tmp_path / "data", samples)
     keys = [f"data.train={data}", "data.test=null", f"run.dir={tmp_path / 'run'}", *TINY, "data.max_corrupt=3"]
     command = [sys.executable, "-m", "pretrain.cli", "train", "quickstart", *keys, "--nproc", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 1
     assert done.stderr.count("weft: ") == 1
     assert "data.max_corrupt=3" in done.stderr

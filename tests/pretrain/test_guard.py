@@ -11,6 +11,7 @@ import torch
 from layout_cases import made_up_batch, recipe_of
 from ranks import run_ranks
 
+from pretrain.checkpoint.format import step_folder
 from pretrain.errors import WeftError
 from pretrain.guard import LEAST, Guard
 from pretrain.parallel.build import build_model
@@ -33,7 +34,7 @@ def test_a_run_ends_after_too_many_bad_steps_in_a_row() -> None:
     assert guard.skipped == 4
     with pytest.raises(
         WeftError,
-        match=r"step 7: the loss is nan and the gradient norm inf; the last 3 steps were skipped.*no checkpoint yet",
+        match=r"step 7: the loss is nan and the gradient norm inf; the last 3 steps were skipped.*is no checkpoint",
     ):
         guard.judge(stepped(math.nan, math.inf), 7)
 
@@ -67,6 +68,39 @@ def test_what_it_remembers_survives_a_stop() -> None:
     assert (again.loss_limit, again.skipped) == (6.0, 2)
     with pytest.raises(WeftError, match=r"above train\.spike=3 times the median.* a larger train\.spike"):
         again.judge(stepped(loss=50.0, grad_norm=math.inf), LEAST)
+
+
+@pytest.mark.parametrize(
+    ("loss", "bad_from", "steps", "advice"),
+    [
+        (math.nan, 5, [2, 4], "step_00000002"),  # step 4 left the weights that give this loss
+        (math.inf, 6, [2, 4], "step_00000004"),
+        (math.nan, 2, [1], None),
+        (math.nan, 4, [1, 5], "step_00000001"),  # of a run that was told to stop in between
+        (1.0, 5, [2, 4], "step_00000004"),  # the gradients of one batch: the weights are good
+    ],
+)
+def test_the_advice_is_a_checkpoint_whose_loss_is_finite(
+    tmp_path: Path, loss: float, bad_from: int, steps: list[int], advice: str | None
+) -> None:
+    for step in steps:
+        folder = step_folder(tmp_path, step)
+        folder.mkdir(parents=True)
+        (folder / "checkpoint.json").write_text("{}")
+    guard = Guard(Train(max_skipped=2), tmp_path)
+    for step in range(1, bad_from + 2):
+        guard.judge(stepped() if step < bad_from else stepped(loss, math.inf), step)
+    with pytest.raises(WeftError) as ended:
+        guard.judge(stepped(loss, math.inf), bad_from + 2)
+    found = str(ended.value).partition("train.init_from=")[2]
+    assert found == (str(step_folder(tmp_path, int(advice[-8:])).resolve()) if advice else "")
+    assert advice or "there is no checkpoint from before: start again with a lower train.lr" in str(ended.value)
+
+
+def test_weights_that_a_run_began_with_may_be_what_is_wrong() -> None:
+    guard = Guard(Train(max_skipped=0, init_from=Path("runs/other")), RUN)
+    with pytest.raises(WeftError, match=r"start again with a lower train\.lr .*other weights than .*runs/other"):
+        guard.judge(stepped(math.nan, math.nan), 1)
 
 
 CASES: dict[int, list[tuple[str, list[str]]]] = {

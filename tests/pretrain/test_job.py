@@ -56,7 +56,7 @@ def test_the_place_of_a_process(environment: dict[str, str], job: Job) -> None:
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
-        ({"WORLD_SIZE": ""}, ["WORLD_SIZE is ''", "whole number from 1"]),
+        ({"WORLD_SIZE": ""}, ["WORLD_SIZE is ''", "whole number, at least 1"]),
         ({"WORLD_SIZE": "two"}, ["WORLD_SIZE is 'two'"]),
         ({"WORLD_SIZE": "0"}, ["WORLD_SIZE is '0'"]),
         ({"WORLD_SIZE": "²"}, ["WORLD_SIZE"]),
