@@ -41,7 +41,7 @@ def open_dataset(path: str | Path, cache: Cache = CACHE) -> Dataset:
     Parquet as parquet.open_parquet does.
     """
     if is_url(path):
-        if hint := hint_of_pattern(str(path)):
+        if (hint := hint_of_pattern(str(path))) and not str(path).endswith(".parquet"):
             raise FileNotFoundError(f"no data set at {path}{hint}")
         if is_parquet_at(str(path), cache):
             return Dataset(*open_parquet(path, cache))

@@ -149,8 +149,7 @@ def test_who_leaves_early_leaves_nothing_at_work(tmp_path: Path) -> None:
     with run_jobs(linger, [(tmp_path, number) for number in range(50)], processes=2) as results:
         jobs = iter(results)
         with pytest.raises(TimeoutError):
-            raise_in(0.5, lambda: next(jobs))
-        eventually(lambda: len(list(tmp_path.glob("*-began"))) >= 2)
+            raise_when(lambda: len(list(tmp_path.glob("*-began"))) >= 2, lambda: next(jobs))
     began, ended = (
         sorted(path.name.split("-")[0] for path in tmp_path.glob(f"*-{what}")) for what in ("began", "ended")
     )
@@ -158,14 +157,15 @@ def test_who_leaves_early_leaves_nothing_at_work(tmp_path: Path) -> None:
     assert len(began) < 50
 
 
-def raise_in(seconds: float, function: Callable[[], Any]) -> None:
-    """Call a function, and raise TimeoutError in it after a while, as a Ctrl-C would."""
+def raise_when(holds: Callable[[], bool], function: Callable[[], Any]) -> None:
+    """Call a function, and raise TimeoutError in it once something holds, as a Ctrl-C would."""
 
     def ring(*_: Any) -> None:
-        raise TimeoutError
+        if holds():
+            raise TimeoutError
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
     try:
         function()
     finally:
