@@ -252,16 +252,23 @@ def _sentence(detail: ErrorDetails) -> str:
         case "too_short" | "too_long":
             asked = detail["ctx"].get("min_length", detail["ctx"].get("max_length"))
             limit = "at least" if detail["type"] == "too_short" else "at most"
-            return f"{dotted} is {shown}: it must have {limit} {asked} item(s)"
+            return f"{dotted} is {shown}: it must have {limit} {asked} {'item' if asked == 1 else 'items'}"
         case "string_type" | "path_type":
             kind = "string" if detail["type"] == "string_type" else "path"
             quoted = (
                 "" if detail["input"] is None or isinstance(detail["input"], (list, dict)) else ": put it in quotes"
             )
             return f"{dotted} is {shown}, but it must be a {kind}{quoted}"
+        case "int_parsing" | "int_type" | "int_from_float":
+            return f"{dotted} is {shown}: it must be a whole number"
+        case "float_parsing" | "float_type" | "finite_number":
+            return f"{dotted} is {shown}: it must be a finite number"
+        case "bool_parsing" | "bool_type":
+            return f"{dotted} is {shown}: it must be true or false"
         case _:
             message = detail["msg"][0].lower() + detail["msg"][1:]
-            return f"{dotted} is {shown}: {message.replace('input should be', 'it must be')}"
+            plain = message.replace("input should be", "it must be").replace("greater than or equal to", "at least")
+            return f"{dotted} is {shown}: {plain.replace('less than or equal to', 'at most')}"
 
 
 def _shown(value: Any) -> str:

@@ -126,7 +126,7 @@ def test_a_truncated_tar_is_named_with_its_byte(
     assert "50000" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("bad", "good"), [(20, 0), (20, 1), (0, 1)])
+@pytest.mark.parametrize(("bad", "good"), [(5, 0), (5, 1), (0, 1)])
 def test_a_test_set_that_cannot_be_used_is_refused_before_the_start(
     scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], bad: int, good: int
 ) -> None:
@@ -135,7 +135,7 @@ def test_a_test_set_that_cannot_be_used_is_refused_before_the_start(
     assert train(scenes / "train", run, f"data.test={test}") == 2
     told = sentence(capsys)
     assert f"the test set {test} has {good} usable sample" in told
-    assert ("'bad19' in" in told) == bool(bad)
+    assert ("'bad" in told) == bool(bad)
     assert not run.exists()
 
 
