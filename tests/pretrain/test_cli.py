@@ -63,7 +63,7 @@ def test_an_unknown_key_names_its_neighbour(mistake: Any) -> None:
 def test_a_value_of_the_wrong_type_is_shown(mistake: Any) -> None:
     sentence = mistake(2, "train", "quickstart", "train.steps=many")
     assert "train.steps is 'many'" in sentence
-    assert "integer" in sentence
+    assert "whole number" in sentence
 
 
 def test_a_broken_override_is_quoted(mistake: Any) -> None:
