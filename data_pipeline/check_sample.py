@@ -42,6 +42,7 @@ class Lacks:
     usable: int = 0  # samples with two of image, sound and words, which is what a run learns from
     fields: Counter[str] = field(default_factory=Counter)
     _bare: dict[str, list[Problem]] = field(default_factory=lambda: {"an image": [], "a caption": []})
+    _hidden: list[Problem] = field(default_factory=list)  # captions in a field that no run reads
     _several: dict[str, list[Problem]] = field(default_factory=lambda: {"error": [], "warning": []})
 
     def add(self, sample: Sample, start: int | None, words: str, torn: bool = False) -> None:
@@ -53,9 +54,16 @@ class Lacks:
         names = ", ".join(list(sample.fields)[:NAMED]) + (", ..." if len(sample.fields) > NAMED else "")
         if not torn and not image:
             self._note("an image", sample, start, f"no image among its fields ({names})")
-        if not torn and words != "caption":
-            self._note("a caption", sample, start, f"no caption in its fields ({names})")
         images = [name for name in sample.fields if name.rpartition(".")[2] in IMAGE_EXTENSIONS]
+        hidden = [] if words or torn or len(images) != 1 else _behind_a_dot(images[0], sample)
+        if hidden:
+            reason = (
+                f"its caption is not read: the field is called {hidden[0]}, because a name ends at its first dot, and "
+                "a run reads captions from txt and json: take the dots out of the names"
+            )
+            self._hidden.append(Problem("error", self.shard, start, sample.key, reason))
+        elif not torn and words != "caption":
+            self._note("a caption", sample, start, f"no caption in its fields ({names})")
         if len(images) > 1:
             severity: Literal["error", "warning"] = "error" if _merged(images, sample) else "warning"
             why = (
@@ -76,7 +84,7 @@ class Lacks:
                 yield Problem("warning", self.shard, None, None, f"none of its {self.samples} samples has {what}")
             else:
                 yield from without
-        for several in self._several.values():
+        for several in (self._hidden, *self._several.values()):
             if several:
                 first = several[0]
                 more = f"; so in {len(several) - 1} more of its samples" if len(several) > 1 else ""
@@ -92,6 +100,12 @@ def nothing_to_learn(fields: Counter[str]) -> str:
         f"no sample has both an image and a caption: the fields are called {names} (what follows a name's first dot), "
         "and a run reads images from jpg, jpeg, png and webp, captions from txt and json, of files with one name"
     )
+
+
+def _behind_a_dot(image: str, sample: Sample) -> list[str]:
+    """The caption fields that belong to an image by a name with a dot, as `2.txt` and `2.jpg` of 1.2.jpg do."""
+    stem = image.rpartition(".")[0]
+    return [name for name in (f"{stem}.txt", f"{stem}.json") if stem and name in sample.fields]
 
 
 def _merged(images: list[str], sample: Sample) -> bool:

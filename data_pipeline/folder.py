@@ -12,8 +12,11 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
-COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4|lz|lzma|br|z|7z|zip)|tgz|tbz2?|txz|tzst|tlz)$", re.IGNORECASE)
+COMPRESSED = re.compile(
+    r"\.(tar\.(gz|bz2|xz|zst|lz4|lz|lzma|br|z|7z|zip)|tgz|tbz2?|txz|tzst|tlz|zip|7z|rar)$", re.IGNORECASE
+)
 UNFINISHED = re.compile(r"\.tar\.(part|partial|tmp|temp|crdownload|download|incomplete|aria2|filepart)$", re.IGNORECASE)
+SPLIT = re.compile(r"\.tar\.(\d{2,}|[a-z]{2}|part\d+)$", re.IGNORECASE)  # as `split` and others cut a tar
 PARQUET = (".parquet", ".pq")
 MOST_FOLDERS = 200  # looked into for tars
 NAMED = 3  # files in a remark
@@ -35,8 +38,7 @@ def shard_files(folder: Path) -> list[Path]:
 def ignored_in(folder: Path) -> tuple[tuple[str, str], ...]:
     """(name, why) of all in a folder that may be meant as data and is not read, in order of name."""
     with os.scandir(folder) as entries:
-        found = ((entry.name, _why_ignored(entry)) for entry in entries if not entry.name.startswith("."))
-        return tuple(sorted((name, why) for name, why in found if why))
+        return _of_note((entry.name, _why_ignored(entry)) for entry in entries)
 
 
 def _why_ignored(entry: os.DirEntry[str]) -> str:
@@ -51,8 +53,18 @@ def _why_ignored(entry: os.DirEntry[str]) -> str:
 
 def ignored_names(names: Iterable[str]) -> tuple[tuple[str, str], ...]:
     """As ignored_in, of the names of files that a server lists."""
-    found = ((name, _why_by_name(name)) for name in names if not name.startswith("."))
-    return tuple(sorted((name, why) for name, why in found if why))
+    return _of_note((name, _why_by_name(name)) for name in names)
+
+
+def _of_note(found: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """Those with a reason. Parquet with the name of a tar is that tar's metadata, as img2dataset writes it."""
+    whys = {name: why for name, why in found if not name.startswith(".")}
+    tars = {os.path.splitext(name)[0] for name in whys if is_shard(name)}
+    return tuple(
+        (name, why)
+        for name, why in sorted(whys.items())
+        if why and not (name.lower().endswith(PARQUET) and os.path.splitext(name)[0] in tars)
+    )
 
 
 def _why_by_name(name: str) -> str:
@@ -60,6 +72,8 @@ def _why_by_name(name: str) -> str:
         return "compressed"
     if UNFINISHED.search(name):
         return "an unfinished download, by its name"
+    if SPLIT.search(name):
+        return "a part of a split tar, by its name"
     return "Parquet, and beside tars only these are read" if name.lower().endswith(PARQUET) else ""
 
 

@@ -393,6 +393,19 @@ def test_merged_samples_are_one_error_a_shard(tmp_path: Path) -> None:
     assert only_problem(tmp_path).reason.endswith("a run reads png only; so in 4 more of its samples")
 
 
+def test_a_caption_behind_a_dot_is_an_error(tmp_path: Path) -> None:
+    names = [f"{i}.2.{kind}" for i in range(3) for kind in ("png", "txt")]
+    (error,) = check(dataset(tmp_path, good(0) | merged(*names))).errors
+    assert (error.key, error.byte) == ("0", place_of(tmp_path, "0.2.png"))
+    assert "its caption is not read: the field is called 2.txt" in error.reason
+    assert error.reason.endswith("; so in 2 more of its samples")
+
+
+def test_other_text_beside_a_caption_or_a_label_is_no_error(tmp_path: Path) -> None:
+    files = merged("a.png", "a.txt", "a.meta.json", "b.png", "b.meta.json") | {"b.json": b'{"label": "cat"}'}
+    assert check(dataset(tmp_path, files)).ok
+
+
 @pytest.mark.parametrize("other", ["left.png", "seg.png"])
 def test_views_and_masks_beside_an_image_are_a_warning(tmp_path: Path, other: str) -> None:
     problem = only_problem(dataset(tmp_path, merged("a.png", "a.txt", f"a.{other}")))
@@ -433,16 +446,24 @@ def test_pairs_of_other_kinds_are_good(tmp_path: Path, files: dict[str, bytes]) 
 def test_what_lies_beside_the_tars_is_an_error(tmp_path: Path) -> None:
     dataset(tmp_path, good(0))
     (tmp_path / "t.TAR").write_bytes(tar_of(good(1)))
-    for name in ("u.tar.gz", "v.tgz", "w.tar.zst", "x.tar.part"):
+    for name in ("u.tar.gz", "v.tgz", "w.tar.zst", "x.tar.part", "y.zip", "z.tar.001", "z.tar.aa"):
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "y.tar").write_bytes(tar_of(good(2)))
     report = check(tmp_path)
-    beside = {"more", "u.tar.gz", "v.tgz", "w.tar.zst", "x.tar.part"}
+    beside = {"more", "u.tar.gz", "v.tgz", "w.tar.zst", "x.tar.part", "y.zip", "z.tar.001", "z.tar.aa"}
     assert {error.shard for error in report.errors} == {"t.TAR", *beside}
     assert report.samples == 2  # the tar in upper case is read; it is not in the index yet
     (tmp_path / INDEX_FILE).unlink()
     assert {error.shard for error in check(tmp_path).errors} == beside
+
+
+def test_parquet_of_a_tars_name_is_its_metadata(tmp_path: Path) -> None:
+    """As img2dataset writes them: 00000.tar, 00000.parquet, 00000_stats.json."""
+    dataset(tmp_path, good(0))
+    for name in ("s0.parquet", "s0_stats.json", "other.parquet"):
+        (tmp_path / name).write_bytes(b"x")
+    assert [error.shard for error in check(tmp_path).errors] == ["other.parquet"]
 
 
 @pytest.mark.parametrize("packed", [b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh91AY", b"\xfd7zXZ\0", b"PK\3\4"])
