@@ -82,7 +82,7 @@ def bake(
     processes: Processes = None,
     as_json: Json = False,
 ) -> None:
-    """Write a data set again with its images resized once, so that training decodes fewer pixels.
+    """Copy a data set with its images resized once, so that training decodes fewer pixels.
 
     Images that are no larger are kept as they are. Everything else of a sample is kept; its json says what it was.
     Training refuses what needs larger images. The same command resumes what was interrupted.
@@ -149,7 +149,7 @@ def stats(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Count samples, bytes and modalities; lengths of captions, sizes of pictures, balance of shards."""
+    """Count samples, bytes and modalities; show caption lengths, image sizes and shard balance."""
     from data_pipeline.stats import dataset_stats
 
     places = [path] if "://" in path else datasets_in(Path(path))
@@ -169,7 +169,7 @@ def preview(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Write a contact sheet: one HTML file with pictures, captions, labels and sound, nothing outside it needed."""
+    """Write a contact sheet: one self-contained HTML file with images, captions, labels and sound."""
     from data_pipeline.preview import write_preview
 
     if "://" in path:
@@ -198,9 +198,9 @@ def order(
     seed: Annotated[int, typer.Option(help="Seed of the order; a run's is run.seed.")] = 0,
     epoch: Annotated[int, typer.Option(min=0, help="Epoch to start in, from 0.")] = 0,
     start: Annotated[int, typer.Option(min=0, help="First place within that epoch, from 0.")] = 0,
-    count: Annotated[int, typer.Option(min=1, help="How many; goes on into the next epochs.")] = 10,
+    count: Annotated[int, typer.Option(min=1, help="Number of samples; continues into the next epochs.")] = 10,
     shuffle: Annotated[
-        bool, typer.Option("--shuffle/--no-shuffle", help="As in training, or as the shards lie.")
+        bool, typer.Option("--shuffle/--no-shuffle", help="In training order, or in stored order.")
     ] = True,
     block: Annotated[int, typer.Option(min=0, help="As data.block of a recipe; 0: a full shuffle.")] = 0,
     window: Annotated[int, typer.Option(min=1, help="As data.window.")] = 64,

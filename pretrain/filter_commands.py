@@ -80,7 +80,7 @@ def score_command(
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode beside this one.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Write a table of how well captions fit, what pictures show and how sure the model is, for `weft data filter`."""
+    """Score how well captions fit their images and what the images show, as a table for `weft data filter`."""
     from pretrain.score_samples import score_samples
 
     with progress_bar("scoring") as progress:

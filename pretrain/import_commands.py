@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from data_pipeline.importers.split import Imported
 
 importers = typer.Typer(
-    help="Turn data sets as people have them into shards: OUT/train and OUT/test.",
+    help="Convert common data set formats into shards: OUT/train and OUT/test.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
