@@ -108,7 +108,8 @@ class WaitHint:
         if self._loader == "ray":
             change = f"raise data.most_workers (data.workers={self._workers}), and give Ray nodes with free processors"
         elif self._workers < spare:
-            change = f"raise data.workers from {self._workers} to up to {spare} (cores a rank), or store smaller images"
+            workers = f"raise data.workers from {self._workers} to at most {spare} (the cores per rank)"
+            change = f"{workers}, or store smaller images"
         else:
             change = (
                 f"all {self._cores} cores decode already: data.loader=ray decodes on other machines too, and images "

@@ -137,8 +137,8 @@ def _train(
     flops = training_flops_per_sample(recipe.model)
     if ranks.is_first:
         line.say(
-            f"{run}: {parameters / 1e6:.2f} M parameters{' a rank' if layout.tp * layout.pp > 1 else ''}, "
-            f"{share} trained, {flops / 1e9:.3f} GFLOP a sample; {layout}; {len(dataset)} samples, "
+            f"{run}: {parameters / 1e6:.2f} M parameters{' per rank' if layout.tp * layout.pp > 1 else ''}, "
+            f"{share} trained, {flops / 1e9:.3f} GFLOP per sample; {layout}; {len(dataset)} samples, "
             f"{settings.steps * settings.global_batch / len(dataset):.1f} epochs"
             + (f"; resuming at step {start}" if start else f"; starting from {warm}" if warm else "")
         )

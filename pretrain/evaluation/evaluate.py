@@ -105,7 +105,7 @@ def summary(found: Evaluation) -> str:
             name = way.replace("_", " ")
             parts.append(f"{name} R@1 {recall['r1']:.1%} R@5 {recall['r5']:.1%} R@10 {recall['r10']:.1%}")
     if captioning := found.scores.get("captioning"):
-        parts.append(f"caption loss {captioning['loss']:.4f} a token, perplexity {captioning['perplexity']:.1f}")
+        parts.append(f"caption loss {captioning['loss']:.4f} per token, perplexity {captioning['perplexity']:.1f}")
     if zero_shot := found.scores.get("zero_shot"):
         classes = f"{zero_shot['classes']} {'class' if zero_shot['classes'] == 1 else 'classes'}"
         parts.append(f"zero-shot top-1 {zero_shot['top1']:.1%} of {classes} ({zero_shot['images']} labelled images)")

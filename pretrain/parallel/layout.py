@@ -49,7 +49,9 @@ class Layout:
         sizes += [f"{name}{size}" for name, size in (("pp", self.pp), ("vpp", self.vpp), ("cp", self.cp)) if size > 1]
         parts = [" x ".join(sizes), *(["sequence parallel"] if self.sequence_parallel else [])]
         zero = f"ZeRO-{self.zero}" + (" offloaded" if self.offload else "")
-        return ", ".join([*parts, zero, f"{self.microbatches} microbatch(es) of {self.micro_batch}"])
+        return ", ".join(
+            [*parts, zero, f"{self.microbatches} microbatch{'es' * (self.microbatches != 1)} of {self.micro_batch}"]
+        )
 
 
 def lay_out(recipe: Recipe, world: int) -> Layout:

@@ -182,7 +182,7 @@ def test_peak_memory_is_at_least_what_is_held() -> None:
 @pytest.mark.parametrize(
     ("loader", "workers", "words"),
     [
-        ("inprocess", 1, "raise data.workers from 1 to up to 4"),
+        ("inprocess", 1, "raise data.workers from 1 to at most 4"),
         ("inprocess", 4, "data.loader=ray"),
         ("ray", 2, "most_workers"),
     ],
