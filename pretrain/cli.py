@@ -12,9 +12,9 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -357,10 +357,8 @@ def main(arguments: list[str] | None = None) -> int:
     # what libraries tell each other of deprecated names is not the user's to mend
     warnings.filterwarnings("ignore", module=r"(megatron|deepspeed|torch)\.")
     try:
-        code = weft(
-            _expanded(sys.argv[1:] if arguments is None else arguments), prog_name="weft", standalone_mode=False
-        )
-        return int(code or 0)
+        line = _expanded(sys.argv[1:] if arguments is None else arguments)
+        return int(_command_tree()(line, prog_name="weft", standalone_mode=False) or 0)
     except USAGE_ERROR as error:
         sentence = _usage_sentence(error)
         return _fail(sentence, 2) if sentence else 2  # a bare `weft` has been answered with its help
@@ -384,6 +382,12 @@ def main(arguments: list[str] | None = None) -> int:
         if not any(sign in str(error) for sign in LOST_PEER):
             raise
         return _fail("the connection to another rank was lost: see what that rank says, and why it ended", 1, False)
+
+
+@cache
+def _command_tree() -> Callable[..., Any]:
+    """The commands as click's objects, made once a process, because it takes typer a tenth of a second."""
+    return typer.main.get_command(weft)
 
 
 def _expanded(arguments: list[str]) -> list[str]:
