@@ -17,7 +17,7 @@ from pretrain.evaluation.examples import examples
 from pretrain.evaluation.retrieval import retrieval_scores
 from pretrain.evaluation.rounds import Encoder, embed_images, embed_texts
 from pretrain.evaluation.test_set import Classes, Item, classes_of, spread
-from pretrain.evaluation.zero_shot import zero_shot_scores
+from pretrain.evaluation.zero_shot import confusable, zero_shot_scores
 from pretrain.parallel.groups import Ranks
 from pretrain.sections import Eval, Model
 
@@ -127,6 +127,11 @@ class _Embed:
         self.bad += int((~text_NE.isfinite().all(1)).sum())
         return text_NE
 
+    def tokens(self, text: str) -> bytes:
+        """What the model sees of a text."""
+        (_, tokenizer), (context, *_) = self._arguments
+        return tokenizer.encode(text, context).tobytes()
+
 
 def _retrieval(
     found: Evaluation, image_NE: torch.Tensor, items: list[Item], dataset: Dataset, embed: _Embed, ranks: Ranks
@@ -162,6 +167,7 @@ def _zero_shot(
     found.scores["zero_shot"] = scores
     if scores["classes"] == 1:
         found.notes.append(f"all labels are {labels[0]!r}: zero-shot accuracy over one class means nothing")
+    found.notes += confusable(sorted({*labels, *classes.names}), settings.templates, embed.tokens)
     if classes.partial:
         found.notes.append("zero-shot classes are those of a part of the set, which is too large to read every label")
 

@@ -6,12 +6,13 @@ Ties count against the model, and so does what is not finite.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 
 KS = (1, 5)
+NAMED = 3  # groups of classes named in a note
 
 
 def zero_shot_scores(
@@ -37,3 +38,39 @@ def zero_shot_scores(
     usable_N = own_N1[:, 0].isfinite()
     scores = {f"top{k}": float(((ahead_N < k) & usable_N).double().mean()) for k in KS}
     return {**scores, "classes": len(names), "images": len(labels), "chance": 1 / len(names)}
+
+
+def confusable(names: Sequence[str], templates: Sequence[str], tokens: Callable[[str], bytes]) -> list[str]:
+    """Notes about classes that cannot be told apart, or are probably one; [] when there are none.
+
+    tokens: what the model sees of a prompt. Prompts that are cut can be equal although the names differ.
+    """
+    notes = []
+    groups = [list(names)]
+    for template in templates:
+        prompts = {name: tokens(template.replace("{}", name)) for group in groups for name in group}
+        groups = [part for group in groups for part in _alike(group, prompts.__getitem__)]
+    if groups:
+        notes.append(
+            f"{_listed(groups)} have the same prompts after they are cut to the context, so their images count as "
+            "wrong: use shorter names or eval.templates, or a longer model.text.context"
+        )
+    if same := _alike(names, lambda name: " ".join(name.casefold().split())):
+        notes.append(f"{_listed(same)} differ in case or spaces only, and count as different classes")
+    return notes
+
+
+def _alike(names: Iterable[str], form: Callable[[str], object]) -> list[list[str]]:
+    """The groups of two or more names of one form."""
+    groups: dict[object, list[str]] = {}
+    for name in names:
+        groups.setdefault(form(name), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _listed(groups: list[list[str]]) -> str:
+    """ "4 classes ('a' and 'A', 'b' and 'B')"."""
+    named = ", ".join(" and ".join(repr(name) for name in group[:NAMED]) for group in groups[:NAMED])
+    shown = sum(len(group[:NAMED]) for group in groups[:NAMED])
+    count = sum(map(len, groups))
+    return f"{count} classes ({named}{', ...' if shown < count else ''})"

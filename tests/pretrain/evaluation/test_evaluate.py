@@ -169,6 +169,24 @@ def test_one_class_says_that_its_score_means_nothing(scored: Scored) -> None:
     assert any("retrieval scores mean nothing" in note for note in same.notes)
 
 
+def test_classes_that_cannot_be_told_apart_are_named(scored: Scored) -> None:
+    long = "a very long name of "
+    cut = scored([each for n in ("red", "blue") for each in sample(n, n, [n], long + n)])
+    assert cut.scores["zero_shot"]["top1"] == 0.0
+    assert any(f"2 classes ('{long}blue' and '{long}red') have the same prompts" in note for note in cut.notes)
+    labels = ["red", "Red", "red  x", "red x", "blue"]
+    spelled = scored([each for n, name in enumerate(labels) for each in sample(str(n), "red", [f"{n}"], name)])
+    assert spelled.scores["zero_shot"]["classes"] == 5
+    told = "4 classes ('Red' and 'red', 'red  x' and 'red x') differ in case or spaces only"
+    assert any(told in note for note in spelled.notes)
+    apart = scored(
+        [each for n in ("red", "blue") for each in sample(n, n, [n], long + n)], templates=[long + "{}", "{}", "red {}"]
+    )
+    assert any("have the same prompts" in note for note in apart.notes)
+    told_once = scored([each for n in ("red", "blue") for each in sample(n, n, [n], n)], templates=[long + "{}", "{}"])
+    assert told_once.notes == []  # one template tells them apart
+
+
 def test_what_cannot_be_used_is_left_out_named_and_counted(scored: Scored) -> None:
     good = [each for name in ("red", "green", "blue", "yellow") for each in sample(name, name, [name])]
     bad = [
