@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pretrain import run_lock
@@ -63,9 +64,27 @@ def test_where_locks_exclude_nobody_the_record_does(
         refuse_if_held(run)
     with pytest.raises(WeftError, match=f"process {holder.pid} on "), RunLock(run):
         pass
+    monkeypatch.setattr(psutil.Process, "create_time", lambda process: 1.0)  # the clock was set since
+    with pytest.raises(WeftError, match=f"process {holder.pid} on "), RunLock(run):
+        pass
     holder.kill()
     holder.wait()
     with RunLock(run):
+        pass
+
+
+def test_a_number_that_another_process_has_now_is_not_the_owner(
+    tmp_path: Path, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    owner = Owner.read(run)
+    assert owner
+    assert owner.lives_here
+    other = tmp_path / "other"
+    other.mkdir()
+    replace(owner, started="1").write(other)  # as after a crash, when its number was given away again
+    refuse_if_held(other)
+    with RunLock(other):
         pass
 
 
