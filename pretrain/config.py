@@ -137,9 +137,24 @@ def repeated(overrides: Sequence[str]) -> Iterator[str]:
 def recipe_of(tree: Mapping[str, Any], name: str) -> Recipe:
     """The recipe of a tree as YAML or JSON gives it; RequestError, which begins with `name`, for one that is not."""
     try:
-        return Recipe.model_validate(tree)
+        recipe = Recipe.model_validate(tree)
     except ValidationError as error:
         raise RequestError(f"{name}: " + "; ".join(map(_sentence, _causes(error.errors())))) from None
+    if refused := list(_truths_for_numbers(tree, recipe.model_dump())):
+        raise RequestError(f"{name}: " + "; ".join(refused))
+    return recipe
+
+
+def _truths_for_numbers(given: Any, taken: Any, dotted: str = "") -> Iterator[str]:
+    """A sentence for each number that is given as true or false (in YAML also yes, on, no, off): 1 or 0 to pydantic."""
+    if isinstance(given, bool) and not isinstance(taken, bool) and isinstance(taken, (int, float)):
+        yield f"{dotted} is {_shown(given)}, but it must be a number"
+    elif isinstance(given, Mapping) and isinstance(taken, Mapping):
+        for key in (key for key in given if key in taken):
+            yield from _truths_for_numbers(given[key], taken[key], f"{dotted}.{key}" if dotted else str(key))
+    elif isinstance(given, (list, tuple)) and isinstance(taken, (list, tuple)):
+        for number, pair in enumerate(zip(given, taken, strict=False)):
+            yield from _truths_for_numbers(*pair, f"{dotted}.{number}")
 
 
 def keys_of(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -239,6 +254,8 @@ def _sentence(detail: ErrorDetails) -> str:
     match detail["type"]:
         case "extra_forbidden":
             return f"unknown key {dotted!r}" + _nearest(dotted)
+        case "invalid_key":
+            return f"{shown} is given as a key, but keys are names (unquoted, YAML reads yes, no, on and off as values)"
         case "missing":
             return f"key {dotted!r} has no value and no default"
         case "model_type":
