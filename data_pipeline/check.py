@@ -23,7 +23,7 @@ from data_pipeline.check_parquet import check_parquet_file
 from data_pipeline.check_sample import Problem, nothing_to_learn
 from data_pipeline.check_shard import Finding, check_shard, key_at
 from data_pipeline.errors import DataError
-from data_pipeline.folder import ignored_in, shard_files
+from data_pipeline.folder import gap_in, ignored_in, shard_files
 from data_pipeline.index import INDEX_FILE, Index, ShardEntry, disagreements
 from data_pipeline.parallel import run_jobs
 from data_pipeline.parquet import is_parquet, parquet_paths
@@ -74,6 +74,8 @@ def check_dataset(
         Problem("error", name, None, None, f"{why}: nothing in it is read; unpack it here, or move it elsewhere")
         for name, why in ignored_in(folder)
     ]
+    if gap := gap_in(path.name for path in paths):
+        problems.append(Problem("warning", INDEX_FILE, None, None, gap))
     return _report(paths, findings, problems)
 
 

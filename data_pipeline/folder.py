@@ -18,6 +18,8 @@ COMPRESSED = re.compile(
 UNFINISHED = re.compile(r"\.tar\.(part|partial|tmp|temp|crdownload|download|incomplete|aria2|filepart)$", re.IGNORECASE)
 SPLIT = re.compile(r"\.tar\.(\d{2,}|[a-z]{2}|part\d+)$", re.IGNORECASE)  # as `split` and others cut a tar
 PARQUET = (".parquet", ".pq")
+NUMBERED = re.compile(r"(.*?)([0-9]+)([^0-9]*)")  # the last number of a name
+MOST_DIGITS = 12  # longer ones are hashes or times
 MOST_FOLDERS = 200  # looked into for tars
 NAMED = 3  # files in a remark
 
@@ -89,6 +91,32 @@ def remark_of(ignored: tuple[tuple[str, str], ...]) -> str:
     more = f" and {len(ignored) - NAMED} more" if len(ignored) > NAMED else ""
     count = "1 file or folder" if len(ignored) == 1 else f"{len(ignored)} files or folders"
     return f"{count} beside the tars {'is' if len(ignored) == 1 else 'are'} not read: {named}{more}"
+
+
+def gap_in(names: Iterable[str]) -> str:
+    """What is to be said of shard numbers that are missing between others: "shard-000001.tar is not there, ..."; or "".
+
+    Only where the names differ in one number and most of the numbers between the first and the last are there: of
+    shards that were chosen or numbered otherwise nothing is known.
+    """
+    series: dict[tuple[str, str], dict[int, str]] = {}
+    names = list(names)
+    for name in names:
+        if (match := NUMBERED.fullmatch(name)) is None or len(match[2]) > MOST_DIGITS:
+            return ""
+        series.setdefault((match[1], match[3]), {})[int(match[2])] = match[2]
+    if len(series) != 1:
+        return ""
+    (before, after), numbers = series.popitem()
+    span = max(numbers) - min(numbers) + 1
+    missing = span - len(numbers)
+    if not 0 < missing < len(numbers) == len(names):
+        return ""
+    width = min(map(len, numbers.values()))
+    absent = islice((number for number in range(min(numbers), max(numbers)) if number not in numbers), NAMED)
+    named = ", ".join(f"{before}{number:0{width}}{after}" for number in absent)
+    more = f" and {missing - NAMED} more" if missing > NAMED else ""
+    return f"{named}{more} {'is' if missing == 1 else 'are'} not there, though shards before and after are"
 
 
 def hint_of_pattern(path: str) -> str:

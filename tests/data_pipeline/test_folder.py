@@ -1,0 +1,46 @@
+"""Shard numbers that are missing between others are told by check, and by the index that stats and training read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tars import picture, tar_of
+
+from data_pipeline.check import check_dataset
+from data_pipeline.folder import gap_in
+from data_pipeline.index import build_index, load_index
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["shard-000000.tar", "shard-000002.tar"], "shard-000001.tar is not there"),
+        (["8.tar", "9.tar", "11.tar"], "10.tar is not there"),
+        (["00000.tar", "00001.tar", "00002.tar", "00005.tar"], "00003.tar, 00004.tar are not there"),
+        ([f"a-{n:03}-of-020.tar" for n in range(20) if n % 3], ""),  # the last number is the same in all
+        ([f"{n:02}.tar" for n in range(20) if n not in (3, 4, 5, 6, 7)], "03.tar, 04.tar, 05.tar and 2 more are"),
+        (["0.tar", "1.tar", "2.tar"], ""),
+        (["0.tar"], ""),
+        (["0.tar", "10.tar", "20.tar"], ""),  # chosen
+        (["a0.tar", "b2.tar"], ""),  # two series
+        (["1.tar", "01.tar", "3.tar"], ""),
+        (["train.tar", "0.tar", "2.tar"], ""),
+        (["20260101T000000001.tar", "20260101T000000003.tar"], "20260101T000000002.tar is not there"),
+        (["1234567890123.tar", "1234567890125.tar"], ""),
+    ],
+)
+def test_a_gap_in_the_numbers_is_told(names: list[str], said: str) -> None:
+    assert gap_in(names).startswith(said) if said else gap_in(names) == ""
+
+
+def test_a_gap_is_a_warning_of_check_and_a_remark_of_the_index(tmp_path: Path) -> None:
+    for number in (0, 2):
+        files = {f"s{number}.png": picture(number), f"s{number}.txt": b"a caption"}
+        (tmp_path / f"shard-{number:06}.tar").write_bytes(tar_of(files))
+    told = "shard-000001.tar is not there, though shards before and after are"
+    assert build_index(tmp_path, processes=0).remarks() == [told]
+    assert load_index(tmp_path).remarks() == [told]
+    report = check_dataset(tmp_path, processes=0)
+    assert report.ok
+    assert [(each.severity, each.reason) for each in report.problems] == [("warning", told)]
