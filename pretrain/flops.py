@@ -2,7 +2,8 @@
 
 Convention: a multiply-add is 2 operations; only matrix products count (projections, feed-forward, attention scores and
 values); a causal mask does not halve attention, since the usual kernels do the work anyway. Backward is twice forward.
-The last layer of a text tower counts whole, though without a cut sequence only its pooled row is computed.
+Of the last layer of a text tower only what its pooled row needs is counted, beside the q, k, v of all rows, whatever the
+layout: one that cuts the sequence or the layers does that layer whole, and its MFU is so much lower.
 Source of the convention: Kaplan et al. 2020, "Scaling Laws for Neural Language Models", table 1, with attention added.
 """
 
@@ -24,7 +25,7 @@ def forward_flops_per_sample(model: Model) -> int:
         return together + 2 * text.width * (vision.patches * 3 * vision.patch**2 + text.context * text.vocab_size)
     image = _block_flops(vision, vision.tokens)
     image += 2 * vision.patches * 3 * vision.patch**2 * vision.width + 2 * vision.width * model.embed_dim
-    caption = _block_flops(text, text.context) + 2 * text.width * model.embed_dim
+    caption = _block_flops(text, text.context, pooled=True) + 2 * text.width * model.embed_dim
     return image + caption
 
 
@@ -41,8 +42,13 @@ def peak_tflops(device: torch.device) -> float | None:
     return next((peak for card, peak in PEAK_TFLOPS.items() if card in name), None)
 
 
-def _block_flops(tower: Tower, length: int) -> int:
-    """A transformer over `length` tokens: 4 D^2 for q, k, v and output, 2 D F for feed-forward, 2 S D for attention."""
-    hidden = int(tower.width * tower.mlp_ratio)
-    per_token = 2 * (4 * tower.width**2 + 2 * tower.width * hidden) + 4 * length * tower.width
-    return tower.layers * length * per_token
+def _block_flops(tower: Tower, length: int, pooled: bool = False) -> int:
+    """A transformer over `length` tokens: 3 D^2 for q, k and v, D^2 for output, 2 D F for feed-forward, 2 S D for attention.
+
+    pooled: all of the last layer but q, k and v is of one row.
+    """
+    width, hidden = tower.width, int(tower.width * tower.mlp_ratio)
+    query_key_value = 2 * 3 * width**2
+    rest = 2 * (width**2 + 2 * width * hidden) + 4 * length * width
+    rows = tower.layers * length
+    return rows * query_key_value + (rows - (length - 1 if pooled else 0)) * rest

@@ -125,7 +125,8 @@ class RowLinear(RowParallelLinear):
 class PooledLayer(TransformerLayer):
     """A layer of which one row a sample is wanted, the last that it may look at: [B, S, D] -> [B, 1, D].
 
-    Keys and values are those of all rows; the query, the output and the feed-forward part are of that row alone.
+    Queries, keys and values come from one product over all rows; attention, its output and the feed-forward part are of
+    that row alone.
     """
 
     def _forward_attention(

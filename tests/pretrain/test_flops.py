@@ -43,7 +43,9 @@ def test_by_hand() -> None:
     qkv_and_out, feed_forward = tokens * 4 * 8 * 8, tokens * 2 * 8 * 24
     scores_and_values = 2 * tokens * tokens * 8
     image = 2 * (qkv_and_out + feed_forward + scores_and_values) + patches * 12 * 8 + 8 * 7
-    caption = 3 * (5 * 4 * 4 * 4 + 5 * 2 * 4 * 8 + 2 * 5 * 5 * 4) + 4 * 7
+    whole_layer = 5 * 4 * 4 * 4 + 5 * 2 * 4 * 8 + 2 * 5 * 5 * 4
+    pooled_layer = 5 * 3 * 4 * 4 + 4 * 4 + 2 * 4 * 8 + 2 * 5 * 4  # q, k, v of all rows; the rest of one
+    caption = 2 * whole_layer + pooled_layer + 4 * 7
     assert forward_flops_per_sample(model) == 2 * (image + caption)
     assert training_flops_per_sample(model) == 6 * (image + caption)
 

@@ -336,7 +336,7 @@ def test_configuration_shows_differences_first(tmp_path: Path) -> None:
     assert "|train.lr|0.0031|0.001|peak learning rate of AdamW|" in different
     assert "|data.train|data/train|required|" in different
     assert "beta1" not in different
-    assert "|train.beta1|0.9|0.9|Adam's first moment|" in everything
+    assert "|train.beta1|0.9|0.9|Adam's decay of the first moment|" in everything
     assert '|objectives|[{"name": "contrastive", "weight": 1.0, "label_smoothing": 0.0}]|' in everything
 
 

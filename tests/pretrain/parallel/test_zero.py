@@ -15,7 +15,8 @@ from pretrain.parallel.groups import start_ranks, stop_ranks
 from pretrain.parallel.layout import lay_out
 from pretrain.parallel.zero import LARGEST_BUCKET, deepspeed_config
 
-ODD = ["model.text.layers=1", "model.text.mlp_ratio=2.72", "model.vision.layers=1", "train.global_batch=12"]
+ODD = ["model.text.layers=1", "model.text.mlp_ratio=2.72", "train.global_batch=12"]
+ODD_OF = {"contrastive": [*ODD, "model.vision.layers=1"], "caption": ODD}
 CASES: dict[int, list[tuple[str, list[str]]]] = {
     1: [
         ("contrastive", []),
@@ -47,7 +48,7 @@ def train_odd(rank: int, world: int) -> list[tuple[int, float]]:
     """Of each case: how many parameters are trained, and the gradient norm of a step."""
     found = []
     for model, overrides in CASES[world]:
-        recipe = recipe_of(model, [*ODD, *overrides])
+        recipe = recipe_of(model, [*ODD_OF[model], *overrides])
         layout = lay_out(recipe, world)
         ranks = start_ranks(layout, torch.device("cpu"))
         built = build_model(recipe, layout, ranks)
