@@ -22,7 +22,6 @@ import mmap
 import os
 import pickle
 import runpy
-import select
 import signal
 import socket
 import sys
@@ -41,7 +40,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.errors import DataError
-from data_pipeline.fork_server import Channel, fork_worker, has_ended, has_started, kill_worker, start_server
+from data_pipeline.fork_server import Channel, fork_worker, has_ended, has_started, kill_worker, readable, start_server
 
 AHEAD = 2  # jobs that a worker has at a time: one at work, one behind it
 ATTEMPTS = 5  # workers that one job may end
@@ -156,10 +155,10 @@ class Crew:
 
         What the function raised is raised here. Raises Lost, and DataError where a worker cannot be ended.
         """
-        readable, _, _ = select.select([worker.channel for worker in self._workers], [], [], seconds)
+        ready = readable([worker.channel for worker in self._workers], seconds)
         results: list[tuple[int, Any]] = []
         for worker in list(self._workers):
-            if worker.channel in readable:
+            if worker.channel.fileno() in ready:
                 try:
                     bodies = worker.channel.arrived()
                 except EOFError:

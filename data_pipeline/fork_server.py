@@ -34,7 +34,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -169,6 +169,17 @@ _numbers = itertools.count()
 _places: dict[int, _Server] = {}  # worker -> whose it is, as long as anybody may ask
 
 
+def readable(files: Iterable[int | Channel], seconds: float) -> set[int]:
+    """Wait at most so long until one of the files can be read, or has ended; the descriptors of those.
+
+    By poll: select takes no descriptor above 1023, and a process that has opened a thousand shards has such.
+    """
+    poll = select.poll()
+    for file in files:
+        poll.register(file, select.POLLIN)
+    return {fd for fd, _ in poll.poll(max(0.0, seconds) * 1000)}
+
+
 def start_server() -> None:
     """Have a server for the workers to come, if there is none: it imports what they need while the caller goes on."""
     global _server
@@ -253,7 +264,7 @@ def has_ended(number: int, seconds: float) -> bool:
         left = limit - time.monotonic()
         if left <= 0:
             return False
-        select.select([channel], [], [], min(left, 0.1))
+        readable([channel], min(left, 0.1))
 
 
 @atexit.register
@@ -287,15 +298,15 @@ def serve(control: int, caller: int) -> None:
     try:
         channel.send((None, 0))
         while os.getppid() == caller:
-            readable, _, _ = select.select([channel.fileno(), awake], [], [], LOOK)
-            if awake in readable:
+            ready = readable([channel, awake], LOOK)
+            if awake in ready:
                 os.read(awake, 4096)
             for number, pid in list(children.items()):
                 ended, status = os.waitpid(pid, os.WNOHANG)
                 if ended:
                     del children[number]
                     channel.send((number, status))
-            if channel.fileno() in readable:
+            if channel.fileno() in ready:
                 _obey(channel, children)
     except (EOFError, OSError):
         pass  # the caller is gone

@@ -2,7 +2,7 @@
 
 Convention: a multiply-add is 2 operations; only matrix products count (projections, feed-forward, attention scores and
 values); a causal mask does not halve attention, since the usual kernels do the work anyway. Backward is twice forward.
-Of the last layer of a text tower only what its pooled row needs is counted, beside the q, k, v of all rows, whatever the
+Of the last layer of a text tower only what its pooled row needs is counted, beside q, k and v of all rows, under every
 layout: one that cuts the sequence or the layers does that layer whole, and its MFU is so much lower.
 Source of the convention: Kaplan et al. 2020, "Scaling Laws for Neural Language Models", table 1, with attention added.
 """
@@ -43,7 +43,7 @@ def peak_tflops(device: torch.device) -> float | None:
 
 
 def _block_flops(tower: Tower, length: int, pooled: bool = False) -> int:
-    """A transformer over `length` tokens: 3 D^2 for q, k and v, D^2 for output, 2 D F for feed-forward, 2 S D for attention.
+    """A transformer over `length` tokens: 4 D^2 for q, k, v and output, 2 D F for feed-forward, 2 S D for attention.
 
     pooled: all of the last layer but q, k and v is of one row.
     """

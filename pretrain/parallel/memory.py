@@ -158,17 +158,27 @@ def _tower_bytes(recipe: Recipe, tower: Tower, length: int, place: Place) -> tup
         again = between + inside - width * number / shared
     if recipe.layout.recompute == "selective":
         of_chunk -= layers * 4 * tower.heads / layout.tp
-    ends = 0.0
+    ends, last_rows = 0.0, 1.0
+    if _pools_its_last_layer(recipe, tower, layout):  # behind q, k and v, all of that layer is one row a sample
+        last_rows = 1 / length
+        if recipe.layout.recompute != "full":
+            of_chunk -= (1 - last_rows) * (between / 2 + (width + 2 * hidden) * number / layout.tp)
     if place.first and (tower is recipe.model.vision or recipe.model.kind == "captioner"):
         ends += 3 * recipe.model.vision.patch**2 * number * recipe.model.vision.patches / length
     table = 0
     if place.last and recipe.layout.recompute != "full":  # else it is free when the first layer is made again
-        ends += width * norm_input / shared + 8 / shared
+        ends += last_rows * (width * norm_input / shared + 8 / shared)
     if place.last and recipe.model.kind == "captioner":
         ends += width * number
         table = recipe.model.text.token_rows * width * number // layout.tp  # its gradient, made in forward
     kept = tokens * (of_chunk * _chunks_in_flight(place) + ends * _in_flight(place)) + table
     return int(kept), int(tokens * again)
+
+
+def _pools_its_last_layer(recipe: Recipe, tower: Tower, layout: Layout) -> bool:
+    """As models/towers.py: a text tower whose sequence and layers no rank cuts."""
+    whole = layout.pp == layout.cp == 1 and not layout.sequence_parallel
+    return whole and recipe.model.kind == "dual" and tower is recipe.model.text
 
 
 def _in_flight(place: Place) -> int:

@@ -5,6 +5,7 @@ import gc
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -464,6 +466,16 @@ def test_nothing_is_forked_from_a_process_with_threads(dataset: Dataset, monkeyp
         over.set()
         for thread in threads:
             thread.join()
+
+
+def test_workers_serve_a_process_with_more_than_a_thousand_open_files(dataset: Dataset) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, limits[1]), limits[1]))
+    with ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+        for _ in range(1100):
+            stack.enter_context(open(os.devnull, "rb"))
+        assert_same(list(loader_of(dataset, workers=2)), global_batches(dataset))
 
 
 def test_a_mistake_that_every_sample_meets_is_told_with_its_place(dataset: Dataset) -> None:
