@@ -85,8 +85,8 @@ def open_remote(url: str, cache: Cache) -> tuple[RemoteFiles, Index]:
     extra = sorted(set(listed) - {shard.file for shard in index.shards})
     if extra:
         raise DataError(
-            f"{files.url}/{extra[0]} is not in the index: run `weft data stats` where the folder lies, without its "
-            f"{INDEX_FILE}, to have it made anew"
+            f"{files.url}/{extra[0]} is not in the index: run `weft data stats` where the folder is stored, without "
+            f"its {INDEX_FILE}, to have it made anew"
         )
     files.ask_about([shard.file for shard in index.shards])
     for shard in index.shards:
