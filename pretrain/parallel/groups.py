@@ -140,6 +140,8 @@ def start_ranks(
         torch.cuda.set_device(device)
     # deepspeed/runtime/engine.py:1972 wants what a launcher sets; a single rank has none
     os.environ.setdefault("LOCAL_RANK", "0")
+    if parallel_state.model_parallel_is_initialized():  # of a model that was loaded before (`start_alone`)
+        parallel_state.destroy_model_parallel()
     before = _groups()
     if not dist.is_initialized():
         backend = "gloo" if on_cpu else "nccl"
@@ -210,15 +212,11 @@ def start_alone(device: torch.device) -> Ranks:
 
     Raises RequestError inside a job of several ranks.
     """
-    from megatron.core import parallel_state
-
     if (job := this_job()).is_one_of_several:
         raise RequestError(
             f"this command runs in one process, but {job.by} has started this one as rank {job.rank} of {job.world}: "
             "start it once, without a launcher"
         )
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
     return start_ranks(Layout(world=1, dp=1, tp=1, zero=0, share=1, micro_batch=1), device)
 
 
