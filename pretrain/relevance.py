@@ -85,7 +85,7 @@ RULES = (
     ),
     Rule(
         "data",
-        ("cache", "cache_gib"),
+        ("cache_gib",),
         _at_a_url,
         ("data.train", "data.test", "data.also"),
         "no shards are at a URL, and only those are cached",

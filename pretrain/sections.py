@@ -55,7 +55,8 @@ class Data(Section):
     window: int = Field(64, ge=1, description="number of blocks shuffled together; needs data.block")
     test: Location | None = Field(None, description="evaluation data, as in data.train")
     cache: Path = Field(
-        Path("~/.cache/weft"), description="cache folder for shards at a URL, shared by all processes of a machine"
+        Path("~/.cache/weft"),
+        description="folder for what is fetched of shards at a URL, indexes of read-only folders, and class names",
     )
     cache_gib: float = Field(50.0, ge=0, description="size limit of the cache; 0 keeps nothing")
     loader: Literal["inprocess", "ray"] = Field(

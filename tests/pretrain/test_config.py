@@ -402,7 +402,6 @@ CAPTIONER = ["model.kind=captioner", "objectives=[{name: caption}]"]
         (["data.weight=2"], ["data.weight is 2.0", "data.also is empty"]),
         (["data.schedule=[{step: 3, weights: [1]}]"], ["data.schedule is a list", "data.also is empty"]),
         (["data.window=4"], ["data.window is 4", "data.block"]),
-        (["data.cache=x"], ["data.cache is 'x'", "URL"]),
         (["data.cache_gib=0"], ["data.cache_gib is 0.0", "URL"]),
         (["data.most_workers=4"], ["data.most_workers is 4", "data.loader=ray"]),
         (["data.ahead_gib=2"], ["data.ahead_gib is 2.0", "data.loader=ray"]),

@@ -61,7 +61,6 @@ SOMETIMES: dict[str, list[Any]] = {
     "data.schedule": [[{"step": 1, "weights": [1, 1]}]],
     "data.block": [2, 8],
     "data.window": [1, 3],
-    "data.cache": ["unused"],
     "data.cache_gib": [0],
     "data.most_workers": [2],
     "data.ahead_gib": [0.5],
@@ -119,10 +118,10 @@ SOMETIMES: dict[str, list[Any]] = {
     "eval.templates": [["{}"], ["{} {}", "a photo of {}"]],
 }
 # Given by the test; what starts a Ray has tests of its own
-GIVEN = {"run.dir", "data.train", "data.test", "data.also", "data.tokenizer", "data.loader"}
+GIVEN = {"run.dir", "data.cache", "data.train", "data.test", "data.also", "data.tokenizer", "data.loader"}
 RARE = (
     *("layout.tp", "layout.pp", "layout.vpp", "layout.cp", "layout.ep", "layout.sequence_parallel"),
-    *("data.cache", "data.cache_gib", "data.ray"),
+    *("data.cache_gib", "data.ray"),
 )
 
 
@@ -149,7 +148,7 @@ def recipe_number(number: int, data: Path) -> dict[str, Any]:
 
 def draw_recipe(draw: random.Random, data: Path) -> dict[str, Any]:
     keys = {key: draw.choice(values) for key, values in ALWAYS.items()}
-    keys["data.train"] = str(data / "train")
+    keys["data.train"], keys["data.cache"] = str(data / "train"), str(data / "cache")
     keys["data.test"] = str(data / "test") if draw.random() < 0.9 else None
     if keys["model.kind"] == "dual":
         keys |= {key: draw.choice(values) for key, values in DUAL.items()}
