@@ -29,6 +29,7 @@ SIZES = [
     "train.warmup=1", "train.log_every=1", "eval.every=0", "eval.samples=8", "data.test=null", "data.workers=0",
     "checkpoint.every=100", "run.device=cpu",
 ]  # fmt: skip
+HALFWAY = ("train.steps=6", "train.stop_at=3")  # where the run of the base is stopped, to be resumed
 TARGETS = {  # what is damaged -> how often
     "tar": 4, "tar with index": 3, "member": 4, "index": 2, "table": 1,
     "parquet": 2, "cell": 2, "recipe": 3, "checkpoint": 3, "run": 3,
@@ -60,7 +61,7 @@ def make_base(folder: Path) -> None:
         write_tar(folder / "tars" / f"{shard}.tar", {key: samples[key] for key in names[shard::SHARDS]})
     write_parquet(folder / "rows" / "rows.parquet", samples)
     assert main(["data", "stats", str(folder / "tars")]) == 0
-    run = [f"data.train={folder / 'tars'}", f"run.dir={folder / 'run'}", *SIZES, "train.steps=3"]
+    run = [f"data.train={folder / 'tars'}", f"run.dir={folder / 'run'}", *SIZES, *HALFWAY]
     assert main(["train", "quickstart", *run]) == 0
     recipe = yaml.safe_load((folder / "run" / "config.yaml").read_text())
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))

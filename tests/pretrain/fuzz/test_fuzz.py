@@ -26,7 +26,7 @@ import pytest
 from damages import make_base
 
 IN_CI = 16
-PATIENCE = 240.0  # seconds for the commands of one damage, on a busy machine; the first loads everything
+LOADING, PATIENCE = 600.0, 240.0  # seconds for a worker's start and for the commands of a damage, on a busy machine
 WORKER = Path(__file__).with_name("worker.py")
 
 
@@ -44,30 +44,61 @@ class Worker:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=quiet
             )
+            if told := self._answer("READY", LOADING)[1]:
+                return _lost(seed, told)
+        assert self._process.stdin
+        self._process.stdin.write(f"{seed}\n")
+        self._process.stdin.flush()
+        line, told = self._answer("RESULT ", PATIENCE)
+        if told:
+            return _lost(seed, told)
+        result: dict[str, Any] = json.loads(line)
+        if result["faults"]:
+            self.close()
+        return result
+
+    def _answer(self, mark: str, patience: float) -> tuple[str, str]:
+        """(what follows `mark` in the line that begins with it, ""), or ("", why there is none)."""
         process = self._process
-        assert process.stdin
+        assert process
         assert process.stdout
-        process.stdin.write(f"{seed}\n")
-        process.stdin.flush()
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + patience
         while select.select([process.stdout], [], [], max(0.0, end - time.monotonic()))[0]:
             line = process.stdout.readline()
-            if line.startswith("RESULT "):
-                result: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
-                if result["faults"]:
-                    self.close()
-                return result
+            if line.startswith(mark):
+                return line.removeprefix(mark), ""
             if not line:
+                code = process.wait()
                 self.close()
-                return {"seed": seed, "target": "?", "codes": {}, "faults": [f"it died: {process.returncode}"]}
+                return "", f"it died: {code}"
         self.close()
-        return {"seed": seed, "target": "?", "codes": {}, "faults": [f"no answer in {PATIENCE:.0f} s"]}
+        return "", f"no answer in {patience:.0f} s"
 
     def close(self) -> None:
         if self._process:
             self._process.kill()
             self._process.wait()
         self._process = None
+
+
+def _lost(seed: int, told: str) -> dict[str, Any]:
+    """The result of a damage that its worker did not answer to."""
+    return {"seed": seed, "target": "?", "codes": {}, "outcome": "fault", "faults": [told]}
+
+
+def table_of(results: list[dict[str, Any]], seconds: float) -> str:
+    """How many damages, by what was damaged and by what came of it."""
+    rows = Counter((each["target"], each["outcome"]) for each in results)
+    total = Counter(each["outcome"] for each in results)
+    lines = [
+        f"{len(results)} damages in {seconds:.0f} s: {total['trained']} trained with every sample accounted for, "
+        f"{total['refused']} refused in one sentence, {total['fault']} faults",
+        f"{'damaged':16}{'trained':>9}{'refused':>9}{'faults':>9}",
+    ]
+    for target in sorted({target for target, _ in rows}):
+        counts = (rows[target, outcome] for outcome in ("trained", "refused", "fault"))
+        lines.append(f"{target:16}" + "".join(f"{count:>9}" for count in counts))
+    return "\n".join(lines)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +115,7 @@ def test_no_damage_is_more_than_a_sentence(base: Path, request: pytest.FixtureRe
     count, first = option("--damages", 0) or IN_CI, option("--first-damage", 0)
     workers = [Worker(base) for _ in range(option("--fuzz-workers", 1))]
 
-    stopped = Event()
+    stopped, began = Event(), time.monotonic()
 
     def some(number: int) -> list[dict[str, Any]]:
         results: list[dict[str, Any]] = []
@@ -105,11 +136,7 @@ def test_no_damage_is_more_than_a_sentence(base: Path, request: pytest.FixtureRe
             stopped.set()
             for worker in workers:
                 worker.close()
-    trained = Counter((each["target"], each["codes"].get("train")) for each in results)
-    print(
-        f"{count} damages:",
-        ", ".join(f"{target} exit {code}: {n}" for (target, code), n in sorted(trained.items(), key=str)),
-    )
+    print(table_of(results, time.monotonic() - began), flush=True)
     bad = [each for each in results if each["faults"]]
     assert not bad, "\n".join(
         f"damage {each['seed']}: {each['target']}, {each.get('how')}: {each['faults']}" for each in bad
