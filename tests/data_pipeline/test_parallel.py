@@ -464,7 +464,7 @@ def command(folder: Path) -> dict[str, Any]:
         "filter": ["filter", folder / "out" / "train", folder / "kept", "--steps", "captions"],
     }.items():
         line = [sys.executable, "-m", "pretrain.cli", "data", *map(str, words), "--ray", "local", "--json"]
-        ended = subprocess.run(line, capture_output=True, text=True, timeout=200)
+        ended = subprocess.run(line, capture_output=True, text=True, timeout=900)
         assert ended.returncode == 0, ended.stderr
         assert "Traceback" not in ended.stderr
         trees[name] = json.loads(ended.stdout)
@@ -478,7 +478,7 @@ def command(folder: Path) -> dict[str, Any]:
         "--ray",
         "127.0.0.1:1",
     ]
-    ended = subprocess.run([*line, "--steps", "captions"], capture_output=True, text=True, timeout=200)
+    ended = subprocess.run([*line, "--steps", "captions"], capture_output=True, text=True, timeout=900)
     assert ended.returncode == 1
     assert ended.stderr.count("\n") == 1, ended.stderr
     assert "there is no Ray cluster at 127.0.0.1:1" in ended.stderr

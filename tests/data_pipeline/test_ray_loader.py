@@ -321,7 +321,7 @@ def faults(folder: Path, times: int, with_nodes: bool) -> dict[str, int]:
 
 
 def test_kills_change_nothing(folder: Path) -> None:
-    done = in_private_network(faults, folder, 1, False, timeout=300)
+    done = in_private_network(faults, folder, 1, False, timeout=900)
     assert [done[kind] for kind in ("decoder killed", "decoder stopped", "coordinator killed")] == [1, 1, 1]
 
 
@@ -376,7 +376,7 @@ def trained(data: Path, runs: Path, loader: list[str]) -> list[float]:
     small = ["model.vision.image_size=32", "model.vision.layers=1", "model.text.layers=1", "train.warmup=2"]
     command = [sys.executable, "-m", "pretrain.cli", "train", "quickstart", f"data.train={data}", "eval.every=0"]
     command += [f"run.dir={runs}", "train.steps=10", "train.global_batch=8", "train.log_every=1", *small, *loader]
-    ended = subprocess.run([*command, "--nproc", "2"], capture_output=True, text=True, timeout=200)
+    ended = subprocess.run([*command, "--nproc", "2"], capture_output=True, text=True, timeout=900)
     assert ended.returncode == 0, ended.stderr[-3000:]
     _eventually(lambda: marked(os.environ[MARK]) == [os.getpid()], 30)
     lines = [json.loads(line) for line in (runs / "metrics.jsonl").read_text().splitlines()]

@@ -105,7 +105,7 @@ def definition(case: Case) -> Callable[..., torch.Tensor]:
 @functools.cache
 def on_ranks(world: int) -> list[dict[str, Any]]:
     """All that this file does on so many ranks, in one launch of them."""
-    return run_ranks(on_rank, world, timeout=280)
+    return run_ranks(on_rank, world, timeout=900)
 
 
 def on_rank(rank: int, world: int) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def losses_on_ranks(rank: int, world: int) -> dict[Any, Any]:
 
 @pytest.fixture(scope="module")
 def on_ranks() -> list[dict[Any, Any]]:
-    return run_ranks(losses_on_ranks, WORLD, timeout=280)
+    return run_ranks(losses_on_ranks, WORLD, timeout=900)
 
 
 @pytest.mark.parametrize("members", GROUPS, ids=str)
@@ -136,6 +136,6 @@ def beside_megatron(rank: int, world: int) -> list[Numbers]:
 
 def test_megatrons_vocabulary_parallel_loss_is_the_same() -> None:
     pytest.importorskip("megatron.core")
-    for ours, compiled, theirs in run_ranks(beside_megatron, 2, timeout=280):
+    for ours, compiled, theirs in run_ranks(beside_megatron, 2, timeout=900):
         assert_same(ours, theirs, 2e-6)
         assert_same(compiled, ours, 0.0)

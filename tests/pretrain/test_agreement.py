@@ -113,7 +113,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(folder: Path) -> list[dict[str, Any]]:
-    return run_ranks(in_two_ranks, 2, folder, timeout=240)
+    return run_ranks(in_two_ranks, 2, folder, timeout=900)
 
 
 @pytest.mark.timeout(300)

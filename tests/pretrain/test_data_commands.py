@@ -226,7 +226,7 @@ def test_a_run_on_parquet_is_the_run_on_tars(parent: Path, parquet: Path, tmp_pa
             f"run.dir={tmp_path / str(number)}",
         ]
         command = [sys.executable, "-m", "pretrain.cli", "train", "quickstart", *words, *TINY]
-        subprocess.run(command, check=True, capture_output=True, timeout=280)
+        subprocess.run(command, check=True, capture_output=True, timeout=900)
         lines = (tmp_path / str(number) / "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in lines])
     assert len(losses[0]) == 3

@@ -130,7 +130,7 @@ def mark(rank: int, world: int, run: Path, cases: list[str]) -> list[str]:
 def test_a_hang_is_told_apart_from_what_is_slow_and_what_goes_on(tmp_path: Path) -> None:
     (tmp_path / "hang" / "1").mkdir(parents=True)  # of an earlier attempt: it stays
     with pytest.raises(RanksError, match=rf"exit codes \[{NO_PROGRESS}, {NO_PROGRESS}\]") as failed:
-        run_ranks(mark, 2, tmp_path, ["marks", "slow", "off", "hang"], timeout=300)
+        run_ranks(mark, 2, tmp_path, ["marks", "slow", "off", "hang"], timeout=900)
     assert sorted(path.name for path in (tmp_path / "hang").iterdir()) == ["1", "2"]
     folder = tmp_path / "hang" / "2"
     assert sorted(path.name for path in folder.iterdir()) == ["rank-0.txt", "rank-1.txt", TABLE]

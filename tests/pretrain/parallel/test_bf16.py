@@ -52,7 +52,7 @@ def train_world(rank: int, world: int, folder: Path) -> dict[tuple[str, str], Tr
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tuple[Trained, Trained]]]:
     folder = tmp_path_factory.mktemp("truth")
-    (trained,) = run_ranks(train_both, 1, folder, timeout=240)
+    (trained,) = run_ranks(train_both, 1, folder, timeout=900)
     return folder, trained
 
 
@@ -65,7 +65,7 @@ def results(alone: tuple[Path, dict[str, tuple[Trained, Trained]]]) -> Results:
 
     @cache
     def of_world(world: int) -> list[dict[tuple[str, str], Trained]]:
-        return run_ranks(train_world, world, alone[0], timeout=280)
+        return run_ranks(train_world, world, alone[0], timeout=900)
 
     return lambda model, world, name: [rank[model, name] for rank in of_world(world)]
 

@@ -34,7 +34,7 @@ def first_works(rank: int, world: int) -> list[str]:
 
 
 def test_all_ranks_have_it() -> None:
-    first, second = run_ranks(first_works, 2, timeout=240)
+    first, second = run_ranks(first_works, 2, timeout=900)
     assert first[0] == second[0] == "made by rank 0"
     assert second[1] == first[1] == "KeyError: 'x'"
     assert first[3] == second[3] == "OSError: [Errno 28] No space left on device"

@@ -80,7 +80,7 @@ CASES = [
     for (world, name) in QUICK
     for model in MODELS
 ]
-TIMEOUT = 280
+TIMEOUT = 900
 
 
 def train_world(rank: int, world: int, folder: Path, quick: bool) -> dict[tuple[str, str], Trained]:

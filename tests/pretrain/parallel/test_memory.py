@@ -106,7 +106,7 @@ def measure(rank: int, world: int) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_count_is_what_a_run_holds(world: int) -> None:
-    for rank, found in enumerate(run_ranks(measure, world, timeout=300)):
+    for rank, found in enumerate(run_ranks(measure, world, timeout=900)):
         for case, each in zip(WORLDS[world], found, strict=True):
             counted, held = each["sizes"]
             assert counted == held, f"parameters of rank {rank}, {case}"

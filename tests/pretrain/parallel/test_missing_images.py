@@ -49,8 +49,8 @@ def train_without_images(rank: int, world: int, without: list[int]) -> dict[str,
 
 
 def test_no_rank_waits_for_one_without_images() -> None:
-    ranks = run_ranks(train_without_images, 4, [1], timeout=240)
-    with_images = run_ranks(train_without_images, 4, [], timeout=240)
+    ranks = run_ranks(train_without_images, 4, [1], timeout=900)
+    with_images = run_ranks(train_without_images, 4, [], timeout=900)
     assert BATCH // 4 == 4, "a microbatch is the share of a data parallel rank of four"
     for mine, theirs in zip(ranks, with_images, strict=True):
         # ZeRO-1 reduces once, at the end: nothing in it can hang, and it is the truth for the others

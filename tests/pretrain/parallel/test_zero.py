@@ -63,7 +63,7 @@ def train_odd(rank: int, world: int) -> list[tuple[int, float]]:
 
 @pytest.mark.parametrize("world", CASES)
 def test_an_odd_number_of_parameters_trains(world: int) -> None:
-    for rank in run_ranks(train_odd, world, timeout=200):
+    for rank in run_ranks(train_odd, world, timeout=900):
         for case, (count, norm) in zip(CASES[world], rank, strict=True):
             assert count % 2 == 1, case
             assert 0 < norm < math.inf, case
