@@ -37,7 +37,7 @@ class RanksError(AssertionError):
     """A rank failed or hung; the message holds the end of what each rank printed."""
 
 
-def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: float = 120) -> list[Any]:
+def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: float = 600) -> list[Any]:
     """Call `function(rank, world, *args)` on `world` gloo ranks and return the results, rank 0 first.
 
     The default process group is initialised before the call. `function` must be at the top level of its
