@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from data_pipeline.process import started
+
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF, errno.EPERM)
 PAUSE = 0.05  # seconds between two tries
 
@@ -100,7 +102,8 @@ def _who() -> dict[str, object]:
         space = os.stat("/proc/self/ns/pid").st_ino
     except OSError:
         space = 0
-    return {"host": socket.gethostname(), "space": space, "process": os.getpid()}
+    process = os.getpid()
+    return {"host": socket.gethostname(), "space": space, "process": process, "started": started(process)}
 
 
 def _read(path: Path) -> dict[str, object]:
@@ -116,10 +119,4 @@ def _has_ended(owner: dict[str, object]) -> bool:
     process = owner.get("process")
     if not isinstance(process, int) or any(owner.get(name) != ours[name] for name in ("host", "space")):
         return False
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
-    return False
+    return not (now := started(process)) or now != owner.get("started", now)

@@ -12,7 +12,6 @@ from typing import Any
 
 from data_pipeline import Dataset, Joined
 from pretrain.checkpoint.format import Checkpoint
-from pretrain.checkpoint.load import of_all_ranks
 from pretrain.config import Recipe
 from pretrain.errors import WeftError
 from pretrain.parallel.groups import Ranks
@@ -59,12 +58,12 @@ def refuse_different_ranks(
         "the versions of the libraries": _digest(repr(sorted(versions().items()))),
         "the checkpoint to resume from": f"step {checkpoint.step}" if checkpoint else "none",
     }
-    everyone: list[dict[str, str]] = of_all_ranks(told, ranks)
+    everyone: list[dict[str, str]] = ranks.of_all(told)
     for name in told:
         if len({each[name] for each in everyone}) == 1:
             continue
         if name == "the recipe":
-            name, values = _first_difference(of_all_ranks(settings, ranks))
+            name, values = _first_difference(ranks.of_all(settings))
         else:
             values = [each[name] for each in everyone]
         raise WeftError(f"the ranks differ in {name}: {_by_value(values)}; give every rank the same")

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import torch
-import torch.distributed as dist
 
 from data_pipeline import Corrupt
 from pretrain.config import Recipe
@@ -50,9 +49,8 @@ class Quarantine:
         """
         found, stops, *totals = self._ranks.agree(torch.tensor([len(corrupt), int(stop), *sums])).tolist()
         if found:
-            everyone: list[list[Corrupt]] = [[] for _ in range(self._ranks.world)]
-            dist.all_gather_object(everyone, corrupt, group=self._ranks.control_group)
-            self._take_in([each for part in everyone for each in part], min(position, self._samples))
+            everyone = [each for part in self._ranks.of_all(corrupt) for each in part]
+            self._take_in(everyone, min(position, self._samples))
         return stops > 0, totals
 
     def sum_up(self) -> str:

@@ -28,6 +28,7 @@ from types import TracebackType
 from typing import IO
 
 from data_pipeline.index import written_whole
+from data_pipeline.process import started
 from pretrain.errors import WeftError
 
 LOCK, OWNER = ".lock", ".owner.json"
@@ -58,7 +59,7 @@ class Owner:
             os.getpid(),
             socket.gethostname(),
             _machine(),
-            _started(os.getpid()),
+            started(os.getpid()),
             job,
             int(requeued) if requeued.isdecimal() else 0,
         )
@@ -77,7 +78,7 @@ class Owner:
 
     @property
     def lives_here(self) -> bool:
-        return self.is_here and bool(self.started) and _started(self.process) == self.started
+        return self.is_here and bool(self.started) and started(self.process) == self.started
 
     def write(self, run: Path) -> None:
         with written_whole(run / OWNER) as unfinished:
@@ -207,26 +208,6 @@ def _machine() -> str:
         return f"{socket.gethostname()} {boot} {os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:  # not Linux
         return socket.gethostname()
-
-
-def _started(process: int) -> str:
-    """When a process of this machine started, in the kernel's ticks; empty when there is none.
-
-    What psutil says moves with the clock of the machine: after a step of it a live owner would seem dead.
-    """
-    try:
-        state, *fields = Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()
-        return "" if state in "ZX" else fields[18]  # proc(5): fields 3 and 22
-    except (FileNotFoundError, ProcessLookupError):
-        if Path("/proc/self/stat").exists():
-            return ""
-    import psutil
-
-    try:  # not Linux
-        found = psutil.Process(process)
-        return "" if found.status() == psutil.STATUS_ZOMBIE else f"{found.create_time():.2f}"
-    except psutil.Error:
-        return ""
 
 
 def _say(text: str) -> None:

@@ -119,6 +119,7 @@ def _train(
         candidates = run_folder.checkpoints_to_resume(recipe, dataset.fingerprint)
         checkpoint = whole_checkpoint(candidates, ranks, line.say)
         start = checkpoint.step if checkpoint else 0
+        guard = Guard(settings, run, checkpoint.guard if checkpoint else None)  # an older one, where that was damaged
     warm = None if checkpoint else find_warm_start(recipe)
     if start < stop:
         record = warm.record() if warm else None
@@ -162,7 +163,6 @@ def _train(
             line.say(printable(remark))
     quarantine = Quarantine(recipe, start, ranks, len(dataset), line.say)
     waiting_hint = WaitHint(recipe.data.loader, recipe.data.workers, layout.world, os.cpu_count() or 1)
-    guard = Guard(settings, run, checkpoint.guard if checkpoint else None)
     certificate = Certificate(dataset.fingerprint, checkpoint.order if checkpoint else "")
     with ExitStack() as stack:
         stack.callback(engine.close)

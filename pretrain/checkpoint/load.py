@@ -66,7 +66,7 @@ def whole_checkpoint(
 def _file_problems(checkpoint: Checkpoint, ranks: Ranks) -> list[str]:
     """What is wrong with the files beside `checkpoint.json`, the same on every rank."""
     names = sorted(checkpoint.files)[ranks.rank :: ranks.world]
-    found = of_all_ranks([problem for name in names if (problem := file_problem(checkpoint, name))], ranks)
+    found = ranks.of_all([problem for name in names if (problem := file_problem(checkpoint, name))])
     return [problem for problems in found for problem in problems]
 
 
@@ -77,9 +77,7 @@ def restore_checkpoint(engine: Engine, checkpoint: Checkpoint) -> None:
     Raises RequestError for a checkpoint of another model, WeftError for a changed `checkpoint.json`, on every rank.
     """
     mine = {name: list(whole_shape(each, engine.ranks.tp_size)) for name, each in engine.named_parameters()}
-    _check_same_model(
-        {name: shape for each in of_all_ranks(mine, engine.ranks) for name, shape in each.items()}, checkpoint
-    )
+    _check_same_model({name: shape for each in engine.ranks.of_all(mine) for name, shape in each.items()}, checkpoint)
     if not checkpoint.description_is_whole:
         raise WeftError(description_problem(checkpoint))
     make_moments(engine, checkpoint.updates)
@@ -103,7 +101,7 @@ def load_warm_start(engine: Engine, warm: WarmStart) -> None:
         for name, each in engine.named_parameters()
         if not warm.only or name.startswith(warm.only)
     }
-    _refuse_misfits({name: shape for each in of_all_ranks(mine, ranks) for name, shape in each.items()}, warm)
+    _refuse_misfits({name: shape for each in ranks.of_all(mine) for name, shape in each.items()}, warm)
     with _Reader(warm.checkpoint, ranks) as reader:
         for name, parameter in engine.named_parameters():
             if name not in mine:
@@ -124,11 +122,6 @@ def _refuse_misfits(mine: dict[str, list[int]], warm: WarmStart) -> None:
         f"train.init_from: {name} is {there} in {warm.checkpoint.path} and {here} in this model{more}: use the model "
         "of that checkpoint, or take over a part of it, such as train.init_only=[vision.]"
     )
-
-
-def of_all_ranks(mine: Any, ranks: Ranks) -> list[Any]:
-    """What each rank calls this with, on every rank."""
-    return ranks.of_all(mine)
 
 
 def load_model(path: str | Path, device: str = "cpu") -> tuple[DualEncoder | Captioner, Tokenizer, Recipe]:

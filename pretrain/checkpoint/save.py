@@ -24,7 +24,6 @@ from types import TracebackType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from data_pipeline import Tokenizer
 from pretrain.checkpoint.format import (
@@ -156,7 +155,7 @@ class Saver:
 
     def _complete(self, pending: _Pending) -> None:
         folder, unfinished = step_folder(self._run, pending.step), self._unfinished(pending.step)
-        told = self._tell_all((pending.failure, pending.files))
+        told = self._ranks.of_all((pending.failure, pending.files))
         failure = next((failure for failure, _ in told if failure), "")
         if not failure and self._ranks.is_first:
             files = {name: checksum for _, files in told for name, checksum in files.items()}
@@ -166,7 +165,7 @@ class Saver:
                 failure = _reason(error)
         if self._ranks.is_first:
             shutil.rmtree(unfinished, ignore_errors=True)  # of a failure; else it has got its name
-        failure = next((each for each in self._tell_all(failure) if each), "")
+        failure = next((each for each in self._ranks.of_all(failure) if each), "")
         if failure:
             raise WeftError(
                 f"step {pending.step} could not be saved to {folder}: {failure}; the checkpoints before it are whole"
@@ -208,12 +207,6 @@ class Saver:
         unfinished.rename(folder)
         _flush(folder.parent)
         _point_latest(folder)
-
-    def _tell_all(self, mine: Any) -> list[Any]:
-        everyone = [mine] * self._ranks.world
-        if self._ranks.world > 1:
-            dist.all_gather_object(everyone, mine, group=self._ranks.control_group)
-        return everyone
 
 
 def _in_thread(work: Callable[[], None]) -> threading.Thread:

@@ -171,10 +171,7 @@ class Snapshot:
     def _exchange_stages(self, entries: list[Entry]) -> list[list[Entry]]:
         """The entries of every pipeline stage."""
         ranks = self._engine.ranks
-        everyone: list[tuple[int, list[Entry]]] = [(0, entries)] * ranks.world
-        if ranks.world > 1:
-            mine = (ranks.pp_rank, entries if self._rank == 0 else [])
-            dist.all_gather_object(everyone, mine, group=ranks.control_group)
+        everyone: list[tuple[int, list[Entry]]] = ranks.of_all((ranks.pp_rank, entries if self._rank == 0 else []))
         stages: list[list[Entry]] = [[] for _ in range(ranks.pp_size)]
         for stage, told in everyone:
             stages[stage] = stages[stage] or told

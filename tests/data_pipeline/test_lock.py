@@ -52,6 +52,9 @@ def test_without_locks_there_is_an_owner(tmp_path, monkeypatch, code):
     owner.write_text(json.dumps(of_ended))
     with held(path, 0, "the set"):  # of a writer that was killed
         assert json.loads(owner.read_text())["process"] == os.getpid()
+    owner.write_text(json.dumps({**of_ended, "process": os.getpid(), "started": "1"}))
+    with held(path, 0, "the set"):  # likewise, and its number has been used again
+        assert json.loads(owner.read_text())["started"] != "1"
     for unknown in (json.dumps({**of_ended, "host": "elsewhere"}), json.dumps({**of_ended, "space": 1}), "", "[]"):
         owner.write_text(unknown)
         with pytest.raises(TakenError, match="may be written by"), held(path, 0, "the set"):

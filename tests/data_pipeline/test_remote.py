@@ -193,7 +193,7 @@ def test_a_shard_that_is_gone_is_one_sentence(folder: Path, tmp_path: Path, monk
     try:
         dataset = open_dataset(server.url, Cache(tmp_path / "cache"))
         gone.unlink()
-        with pytest.raises(DataError, match=rf"{gone.name}: bytes \d+ to \d+ could not be read for 0 s: "):
+        with pytest.raises(DataError, match=rf"{gone.name}: bytes \d+ to \d+ could not be read for \d+ s: "):
             read_all(dataset)
         with pytest.raises(DataError, match=rf"{gone.name} is in the index, but there is no such file"):
             open_dataset(server.url, Cache(tmp_path / "cache"))
@@ -363,10 +363,14 @@ def test_s3_and_its_server_killed_on_the_way(s3: S3Server, tmp_path: Path, monke
     monkeypatch.setattr(remote, "MISSING", 30.0)  # the server is back before its bucket is full again
     dataset = open_dataset("s3://weft/sets/scenes", Cache(tmp_path / "cache", 0))
     read: list[Sample] = []
+    back = threading.Timer(0.0, lambda: None)
+    back.start()
     for number in range(SAMPLES):
         if number in (3, 10, 17, 25, 33):
+            back.join()  # a server that is killed while it starts is another case
             s3.kill()
-            threading.Timer(1.0, s3.start).start()
+            back = threading.Timer(1.0, s3.start)
+            back.start()
         read.append(dataset.read(number))
     assert read == [make(number) for number in range(SAMPLES)]
     loader = batches_of(dataset, workers=2, stop_step=10)  # forked workers make clients of their own
@@ -433,7 +437,7 @@ def test_a_shard_removed_at_a_random_moment(
 
         all_right(islice(batches, strike))
         s3.remove(shard.file)
-        with pytest.raises(DataError, match=rf"/{shard.file}: bytes \d+ to \d+ could not be read for 0 s: "):
+        with pytest.raises(DataError, match=rf"/{shard.file}: bytes \d+ to \d+ could not be read for \d+ s: "):
             all_right(islice(batches, 30))  # those made in advance, and some without that shard
         s3.put(shard.file, (folder / shard.file).read_bytes())
 

@@ -10,6 +10,7 @@ that has imported everything once; it is replaced when it does not answer, and a
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import select
@@ -27,6 +28,7 @@ from damages import make_base
 
 IN_CI = 16
 LOADING, PATIENCE = 600.0, 240.0  # seconds for a worker's start and for the commands of a damage, on a busy machine
+NUMBERS = itertools.count()  # of workers
 WORKER = Path(__file__).with_name("worker.py")
 
 
@@ -35,15 +37,17 @@ class Worker:
 
     def __init__(self, base: Path) -> None:
         self._base = base
+        self._errors = base.parent / f"errors.{next(NUMBERS)}.txt"
         self._process: subprocess.Popen[str] | None = None
 
     def __call__(self, seed: int) -> dict[str, Any]:
         if self._process is None:
             command = [sys.executable, str(WORKER), str(self._base)]
             quiet = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=quiet
-            )
+            with self._errors.open("w") as errors:
+                self._process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=quiet
+                )
             if told := self._answer("READY", LOADING)[1]:
                 return _lost(seed, told)
         assert self._process.stdin
@@ -70,7 +74,8 @@ class Worker:
             if not line:
                 code = process.wait()
                 self.close()
-                return "", f"it died: {code}"
+                last = self._errors.read_text(errors="replace").splitlines()[-1:]
+                return "", f"it died: {code}: {''.join(last)[:200]}"
         self.close()
         return "", f"no answer in {patience:.0f} s"
 

@@ -17,7 +17,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
+TESTS = Path(__file__).resolve().parents[2]
+# the packages of weft before the folders of tests that have their names
+sys.path[:0] = [str(TESTS.parent), str(TESTS), str(Path(__file__).parent)]
 
 from damages import SAMPLES, SHARDS, SIZES, damage  # noqa: E402  # after the path to it
 
