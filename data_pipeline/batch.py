@@ -31,6 +31,7 @@ from data_pipeline.joined import Joined
 from data_pipeline.order import ReadingOrder
 from data_pipeline.reader import Dataset
 from data_pipeline.sample import Sample
+from data_pipeline.tokenizer import PAD
 from data_pipeline.transforms import (
     ImageTransform,
     QuestionTransform,
@@ -110,6 +111,16 @@ class Batch:
     def rows(self, part: slice) -> Batch:
         """Some of the rows, as views; `corrupt` is about the whole batch and stays whole."""
         return self._each(lambda tensor: tensor[part])
+
+    def shortened(self, multiple: int = 1) -> Batch:
+        """Without the last columns of the text that are padding in every row, cut off `multiple` at a time.
+
+        No model looks at them: a causal one never sees what is behind a token, others are told the lengths.
+        """
+        context = self.text.shape[1]
+        written = (self.text != PAD).any(0).nonzero()
+        longest = int(written[-1]) + 1 if len(written) else min(1, context)
+        return replace(self, text=self.text[:, : context - (context - longest) // multiple * multiple])
 
     def _each(self, change: Any) -> Batch:
         return replace(self, **{name: change(tensor) for name, tensor in self.tensors().items()})

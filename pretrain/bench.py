@@ -1,9 +1,11 @@
 """`weft bench step`: one training step of ours against the same model in plain torch, in one run on one machine.
 
 Both start from the same parameters and train on the same batches, so their first losses must agree; they take turns
-in short rounds, so that whatever else the machine does falls on both alike. With several ranks (`--nproc`) the peer is
-plain torch under DistributedDataParallel, whose loss gathers all embeddings; a model that is cut has no such peer, and
-is measured alone.
+in short rounds, so that whatever else the machine does falls on both alike. The batches are those of the first steps of
+training where the recipe's data is there, made up otherwise. weft computes captions as far as the longest of a batch
+goes, plain torch the whole context, as trainers usually do; made-up captions fill it. With several ranks (`--nproc`)
+the peer is plain torch under DistributedDataParallel, whose loss gathers all embeddings; a model that is cut has no
+such peer, and is measured alone.
 
 Beside the time: the share of a step in which a collective or a message between stages is under way on this rank, by
 torch's profiler, waiting for the others included; and the bytes that autograd keeps for backward at the worst moment.
@@ -27,8 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from data_pipeline import Batch
-from data_pipeline.tokenizer import EOS
 from pretrain.activations import SavedBytes
+from pretrain.bench_batches import batches_for
 from pretrain.config import Recipe
 from pretrain.flops import training_flops_per_sample
 from pretrain.models.dual import DualEncoder
@@ -52,6 +54,7 @@ class StepBench:
 
     layout: str
     device: str
+    batches: str
     threads: int
     global_batch: int
     parameters: int
@@ -77,7 +80,7 @@ class StepBench:
     def __str__(self) -> str:
         return (
             f"{self.layout}, {self.device}, {self.threads} thread(s) a rank, {self.parameters / 1e6:.2f} M parameters, "
-            f"batch {self.global_batch}\n"
+            f"batch {self.global_batch}\n  {self.batches}\n"
             f"  weft         {self.weft_seconds:.4f} s a step, {self.global_batch / self.weft_seconds:.0f} samples/s, "
             f"{self.weft_gflops:.0f} GFLOP/s a rank; communication {self.communication:.0%} of it, "
             f"activations {self.activations / (1 << 20):.1f} MiB\n" + self._peer()
@@ -116,7 +119,8 @@ def bench_training_step(recipe: Recipe) -> StepBench | None:
                 plain = PlainDualEncoder.from_weft(model, recipe.model).to(ranks.device)
                 steps[name] = _plain_step(plain, recipe, ranks, fused)
         steps["weft"] = _weft_step(model, recipe, ranks)
-        batches = [_random_batch(recipe, layout.share, ranks, number) for number in range(STEPS_A_ROUND)]
+        batches, source = batches_for(recipe, layout, ranks, STEPS_A_ROUND)
+        text_length = statistics.fmean(batch.shortened(layout.text_step).text.shape[1] for batch in batches)
         first = {name: step(batches[0]) for name, step in steps.items()}
         seconds = _take_turns(steps, batches, ranks)
         with SavedBytes(parameters) as saved:
@@ -125,11 +129,12 @@ def bench_training_step(recipe: Recipe) -> StepBench | None:
         if not ranks.is_first:
             return None
         weft = statistics.median(seconds["weft"])
-        flops = training_flops_per_sample(recipe.model) * recipe.train.global_batch
+        flops = training_flops_per_sample(recipe.model, round(text_length)) * recipe.train.global_batch
         compared = "plain" in steps
         return StepBench(
             layout=str(layout),
             device=torch.cuda.get_device_name() if ranks.device.type == "cuda" else "CPU",
+            batches=f"{source}; weft computes {text_length:g} of {recipe.model.text.context} tokens of text",
             threads=torch.get_num_threads(),
             global_batch=recipe.train.global_batch,
             parameters=sum(parameter.numel() for parameter in parameters),
@@ -180,8 +185,9 @@ def _communication_share(step: Step, batch: Batch, ranks: Ranks) -> float:
 
 
 def _weft_step(model: DualEncoder, recipe: Recipe, ranks: Ranks) -> Step:
-    engine = Engine(model.to(ranks.device), recipe, lay_out(recipe, ranks.world), ranks)
-    return lambda batch: engine.step(batch, recipe.train.lr).loss
+    layout = lay_out(recipe, ranks.world)
+    engine = Engine(model.to(ranks.device), recipe, layout, ranks)
+    return lambda batch: engine.step(batch.shortened(layout.text_step), recipe.train.lr).loss
 
 
 def _plain_step(plain: PlainDualEncoder, recipe: Recipe, ranks: Ranks, fused: bool | None) -> Step:
@@ -218,13 +224,3 @@ def _gathered(own: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     dist.all_gather(parts, own.detach().contiguous(), group=ranks.dp_group)
     parts[ranks.dp_rank] = own
     return torch.cat(parts)
-
-
-def _random_batch(recipe: Recipe, rows: int, ranks: Ranks, number: int) -> Batch:
-    generator = torch.Generator().manual_seed(1000 * ranks.dp_rank + number)
-    size, context = recipe.model.vision.image_size, recipe.model.text.context
-    image = torch.randint(0, 256, (rows, 3, size, size), generator=generator, dtype=torch.uint8)
-    text = torch.randint(4, recipe.model.text.vocab_size, (rows, context), generator=generator)
-    text[:, -1] = EOS
-    places = torch.arange(rows)
-    return Batch(image, text, places, places, []).to(ranks.device)

@@ -17,21 +17,22 @@ from pretrain.sections import Model, Tower
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}
 
 
-def forward_flops_per_sample(model: Model) -> int:
-    """One image and one caption through both towers, or through the one decoder."""
+def forward_flops_per_sample(model: Model, text_length: int | None = None) -> int:
+    """One image and one caption of so many tokens (default: the context) through both towers, or the one decoder."""
     vision, text = model.vision, model.text
+    length = text.context if text_length is None else text_length
     if model.kind == "captioner":
-        together = _block_flops(text, vision.patches + text.context)
-        return together + 2 * text.width * (vision.patches * 3 * vision.patch**2 + text.context * text.vocab_size)
+        together = _block_flops(text, vision.patches + length)
+        return together + 2 * text.width * (vision.patches * 3 * vision.patch**2 + length * text.vocab_size)
     image = _block_flops(vision, vision.tokens)
     image += 2 * vision.patches * 3 * vision.patch**2 * vision.width + 2 * vision.width * model.embed_dim
-    caption = _block_flops(text, text.context, pooled=True) + 2 * text.width * model.embed_dim
+    caption = _block_flops(text, length, pooled=True) + 2 * text.width * model.embed_dim
     return image + caption
 
 
-def training_flops_per_sample(model: Model) -> int:
+def training_flops_per_sample(model: Model, text_length: int | None = None) -> int:
     """Forward and backward of one pair. Recomputation and the loss are not counted."""
-    return 3 * forward_flops_per_sample(model)
+    return 3 * forward_flops_per_sample(model, text_length)
 
 
 def peak_tflops(device: torch.device) -> float | None:

@@ -66,11 +66,11 @@ class RunLog:
 
 
 class Clock:
-    """Speed and waiting since the last logged step."""
+    """Speed, work and waiting since the last logged step."""
 
     def __init__(self) -> None:
         self.began = self._since = time.perf_counter()
-        self._waited = 0.0
+        self._waited = self._operations = 0.0
         self._steps = 0
 
     def waited(self, seconds: float) -> None:
@@ -78,12 +78,16 @@ class Clock:
         self._waited += seconds
         self._steps += 1
 
-    def lap(self) -> tuple[float, float]:
-        """(seconds a step, share of the time spent waiting for data) since the last lap."""
+    def computed(self, operations: float) -> None:
+        """A step has made so many floating point operations."""
+        self._operations += operations
+
+    def lap(self) -> tuple[float, float, float]:
+        """(seconds a step, share of the time spent waiting for data, operations a second) since the last lap."""
         now = time.perf_counter()
         elapsed = max(now - self._since, 1e-9)
-        result = elapsed / max(self._steps, 1), self._waited / elapsed
-        self._since, self._waited, self._steps = now, 0.0, 0
+        result = elapsed / max(self._steps, 1), self._waited / elapsed, self._operations / elapsed
+        self._since, self._waited, self._operations, self._steps = now, 0.0, 0.0, 0
         return result
 
     def pause(self, seconds: float) -> None:

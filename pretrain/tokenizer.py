@@ -24,7 +24,13 @@ def tokenizer_of(recipe: Recipe, dataset: Dataset | Joined, given: Path | None, 
 
     What goes wrong on the first rank is raised on every rank; RequestError for one that does not fit the model.
     """
-    tokenizer = Tokenizer(from_first(lambda: _made(recipe, dataset, given).to_json(), ranks))
+
+    def made() -> str:
+        tokenizer = Tokenizer.load(given) if given else make_tokenizer(recipe, dataset)
+        tokenizer.save(recipe.run.dir / "tokenizer.json")
+        return tokenizer.to_json()
+
+    tokenizer = Tokenizer(from_first(made, ranks))
     limit = recipe.model.text.vocab_size
     if tokenizer.vocab_size > limit:
         raise RequestError(
@@ -34,15 +40,11 @@ def tokenizer_of(recipe: Recipe, dataset: Dataset | Joined, given: Path | None, 
     return tokenizer
 
 
-def _made(recipe: Recipe, dataset: Dataset | Joined, given: Path | None) -> Tokenizer:
-    if given:
-        made = Tokenizer.load(given)
-        made.save(recipe.run.dir / "tokenizer.json")
-        return made
+def make_tokenizer(recipe: Recipe, dataset: Dataset | Joined) -> Tokenizer:
+    """The one that the recipe names, or one trained on captions of the data; says how many captions it will cut."""
     limit, context = recipe.model.text.vocab_size, recipe.model.text.context
     captions = _captions(dataset)
     made = Tokenizer.load(recipe.data.tokenizer) if recipe.data.tokenizer else Tokenizer.train(captions, limit)
-    made.save(recipe.run.dir / "tokenizer.json")
     cut = sum(made.length(caption) > context for caption in captions)
     if cut:
         print(

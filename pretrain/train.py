@@ -179,7 +179,9 @@ def _train(
             clock.waited(time.perf_counter() - asked)
             lr = learning_rate(settings, step)
             watchdog.phase("forward and backward", step + 1)
+            batch = batch.shortened(layout.text_step)
             stepped = engine.step(batch.to(ranks.device), lr, guard.loss_limit)
+            clock.computed(training_flops_per_sample(recipe.model, batch.text.shape[1]) * layout.share)
             done = step + 1
             try:
                 guard.judge(stepped, done, saver.finish)
@@ -199,9 +201,9 @@ def _train(
 
             watchdog.phase("log", done)
             if log and (done % settings.log_every == 0 or done == start + 1 or last):
-                seconds, waiting = clock.lap()
+                seconds, waiting, operations = clock.lap()
                 speed = settings.global_batch / seconds
-                tflops = speed * flops / layout.world / 1e12
+                tflops = operations / (layout.world // layout.dp) / 1e12  # of a rank
                 peak = peak_tflops(ranks.device)
                 metrics = {
                     "step": done,

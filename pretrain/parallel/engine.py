@@ -51,6 +51,7 @@ class Engine:
         self.optimizer = self.zero.optimizer
         self._pipeline = Pipeline(layout)
         self._lengths, self._embed_dim = recipe.model.sequence_lengths, recipe.model.embed_dim
+        self._context = recipe.model.text.context
         self._joint = JointLoss(recipe.objectives, ranks, recipe.kernels.loss)
         self._tokens = TokenLoss(recipe.objectives, ranks, recipe.kernels.loss)
 
@@ -70,7 +71,7 @@ class Engine:
         return parameters_by_name(self.model)
 
     def step(self, batch: Batch, lr: float, loss_limit: float = math.inf) -> Stepped:
-        """Train on this rank's share of a global batch, already on the device.
+        """Train on this rank's share of a global batch, already on the device; its text may be `shortened`.
 
         Nothing changes where the loss is above the limit, or gradients are not finite.
         """
@@ -81,13 +82,15 @@ class Engine:
 
     def _run(self, batch: Batch) -> Outcome:
         size, staged = self.layout.micro_batch, self.layout.pp > 1
+        missing = self._context - batch.text.shape[1]
+        lengths = {name: length - (missing if name != "vision" else 0) for name, length in self._lengths.items()}
         parts = [batch.rows(slice(at, at + size)) for at in range(0, len(batch), size)]
         if isinstance(self.model, Captioner):
             if staged:
-                return step_tokens_in_stages(self.zero, self._pipeline, parts, self._lengths, self._tokens)
+                return step_tokens_in_stages(self.zero, self._pipeline, parts, lengths, self._tokens)
             return step_tokens(self.zero, parts, self._tokens)
         if staged:
-            return step_in_stages(self.zero, self._pipeline, parts, self._lengths, self._joint)
+            return step_in_stages(self.zero, self._pipeline, parts, lengths, self._joint)
         if len(parts) == 1:
             return step_at_once(self.zero, batch, self._joint)
         return step_with_cache(self.zero, parts, self._joint)

@@ -6,11 +6,14 @@ why a layout cannot be right and what to use instead; running it would give wron
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from pretrain.config import Recipe
 from pretrain.errors import RequestError
 from pretrain.sections import VOCABULARY_MULTIPLE
+
+TEXT_STEP = 8  # tokens
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,11 @@ class Layout:
     def sequence_pieces(self) -> int:
         """Into how many pieces the sequence is cut between layers."""
         return self.cp * (self.tp if self.sequence_parallel else 1)
+
+    @property
+    def text_step(self) -> int:
+        """By a multiple of how many tokens a batch's text may be shorter than the context: few shapes, whole pieces."""
+        return math.lcm(TEXT_STEP, self.sequence_pieces)
 
     def __str__(self) -> str:
         sizes = [f"dp{self.dp} x tp{self.tp}"]
