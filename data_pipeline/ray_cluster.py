@@ -16,6 +16,7 @@ import shutil
 import socket
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -26,6 +27,8 @@ NAMESPACE = "weft"
 LONGEST_PLACE = 24  # characters of a folder for temporary files in which Ray's sockets still have a place
 LAST_WORDS = 20.0  # seconds that Ray's processes may still write into their folder
 _folders: list[str] = []  # of a Ray that this process has started
+# what ends threads that ask Ray: one that asks when Ray has gone ends the whole process, with exit code 1
+before_leaving: list[Callable[[], None]] = []
 
 
 def connect(address: str, processors: int = 2, store_bytes: int | None = None) -> str:
@@ -60,6 +63,8 @@ def connect(address: str, processors: int = 2, store_bytes: int | None = None) -
 @atexit.register
 def disconnect() -> None:
     """Leave Ray; one that this process has started ends, and nothing of it stays."""
+    while before_leaving:
+        before_leaving.pop()()
     ray.shutdown()
     ends = time.monotonic() + LAST_WORDS
     while _folders:

@@ -34,7 +34,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from data_pipeline.batch import Batch, BatchMaker, Corrupt, Share
 from data_pipeline.errors import DataError
 from data_pipeline.order import ReadingOrder
-from data_pipeline.ray_cluster import NAMESPACE
+from data_pipeline.ray_cluster import NAMESPACE, before_leaving
 
 PERIOD = 1.0  # seconds between two reports of a rank
 ANSWER = 20.0  # seconds that the coordinator has for an answer, before another is made
@@ -264,6 +264,7 @@ class Pool:
         self._coordinator = self._make_coordinator()
         self._reporter = threading.Thread(target=self._report, name="ray pool", daemon=True)
         self._reporter.start()
+        before_leaving.append(self._end_reporter)
 
     @property
     def size(self) -> int:
@@ -305,13 +306,18 @@ class Pool:
 
     def leave(self) -> None:
         """This rank needs no more batches."""
-        self._ended.set()
-        self._reporter.join()
+        self._end_reporter()
+        with suppress(ValueError):  # of a Ray that has been left
+            before_leaving.remove(self._end_reporter)
         try:
             if ray.get(self._coordinator.leave.remote(self._process, self._processes), timeout=ANSWER):
                 ray.kill(self._coordinator)
         except RayError:
             pass  # it is gone, and its decoders' leases will end
+
+    def _end_reporter(self) -> None:
+        self._ended.set()
+        self._reporter.join()
 
     def _make_coordinator(self) -> Any:
         options = {"name": f"{self._name}/coordinator", "namespace": NAMESPACE, "lifetime": "detached"}

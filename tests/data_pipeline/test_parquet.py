@@ -216,7 +216,7 @@ def test_mixed_with_tars(written: dict[str, Path]) -> None:
 def from_ray(written: dict[str, Path]) -> None:
     import ray
 
-    from data_pipeline.ray_cluster import connect
+    from data_pipeline.ray_cluster import connect, disconnect
     from data_pipeline.ray_loader import RayLoader
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # decoders cannot import a test
@@ -228,7 +228,7 @@ def from_ray(written: dict[str, Path]) -> None:
         )
         assert_same([list(loader)], batches(open_dataset(written["tars"]), order))
     finally:
-        ray.shutdown()
+        disconnect()
 
 
 @pytest.mark.slow

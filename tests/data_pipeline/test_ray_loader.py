@@ -109,14 +109,14 @@ def _same(found: list[Batch], expected: list[Batch]) -> None:
 def _ray(**settings: Any) -> Iterator[None]:
     import ray
 
-    from data_pipeline.ray_cluster import connect
+    from data_pipeline.ray_cluster import connect, disconnect
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # decoders cannot import a test
     connect("local", 6, 100 << 20)
     try:
         yield
     finally:
-        ray.shutdown()
+        disconnect()  # also with a pool that nobody has left: its thread must not ask what has gone
 
 
 def _actors() -> list[str]:
