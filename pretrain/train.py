@@ -39,7 +39,7 @@ from pretrain.parallel.engine import Engine
 from pretrain.parallel.first import from_first
 from pretrain.parallel.groups import TIMEOUT, Ranks, pick_device, start_ranks, stop_ranks
 from pretrain.parallel.layout import Layout
-from pretrain.parallel.meeting import telling_others
+from pretrain.parallel.meeting import SLOWEST_START, telling_others
 from pretrain.preflight import check
 from pretrain.quarantine import Quarantine
 from pretrain.run_lock import RunLock, refuse_if_held
@@ -53,7 +53,7 @@ from pretrain.watchdog import Watchdog, collective_timeout
 def train(recipe: Recipe, command: str) -> int:
     """Train, evaluate and save as the recipe says; returns the exit code. `command` is what resumes the run."""
     job, limit = this_job(), recipe.train.watchdog
-    patience = limit or TIMEOUT.total_seconds()
+    patience = max(limit, SLOWEST_START) if limit else TIMEOUT.total_seconds()
     if recipe.data.loader == "inprocess" and recipe.data.workers:
         start_server()  # it imports what the loader's workers need while this process gets ready
     with ExitStack() as held:

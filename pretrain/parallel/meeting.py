@@ -21,7 +21,11 @@ from data_pipeline.errors import first_line
 from pretrain.errors import RequestError, WeftError
 from pretrain.job import BY_HAND, Job
 
+# seconds that ranks of one machine may be apart when they begin: they import libraries, on disks and cores they share;
+# train.watchdog, which is about steps, may be shorter
+SLOWEST_START = 120.0
 SPEAKS = 20.0  # seconds that a rank which has failed tries to tell the others
+WHY = f"train.watchdog, or {SLOWEST_START:.0f} s where that is less"
 LOOKS = 0.1  # seconds between two looks at who is there
 
 
@@ -108,7 +112,7 @@ def _wait_for_listener(address: str, port: int, patience: float) -> None:
         except OSError as error:
             if time.monotonic() > end:
                 raise WeftError(
-                    f"no rank 0 was found at {address}:{port} within {patience:.0f} s (train.watchdog; "
+                    f"no rank 0 was found at {address}:{port} within {patience:.0f} s ({WHY}; "
                     f"{first_line(error)}): see whether rank 0 was started, and why it ended"
                 ) from error
         time.sleep(LOOKS)
@@ -123,5 +127,5 @@ def _missing(ranks: list[int], job: Job, patience: float) -> str:
     shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
     return (
         f"rank{'s' if len(ranks) > 1 else ''} {shown} of {job.world} did not come within {patience:.0f} s "
-        "(train.watchdog): see whether every rank was started, and why it ended"
+        f"({WHY}): see whether every rank was started, and why it ended"
     )
