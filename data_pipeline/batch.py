@@ -112,6 +112,11 @@ class Batch:
         """Some of the rows, as views; `corrupt` is about the whole batch and stays whole."""
         return self._each(lambda tensor: tensor[part])
 
+    @property
+    def caption_length(self) -> float:
+        """The mean number of tokens of a row's text, marks included."""
+        return float((self.text != PAD).sum()) / max(1, len(self))
+
     def shortened(self, multiple: int = 1) -> Batch:
         """Without the last columns of the text that are padding in every row, cut off `multiple` at a time.
 

@@ -2,8 +2,8 @@
 
 Both start from the same parameters and train on the same batches, so their first losses must agree; they take turns
 in short rounds, so that whatever else the machine does falls on both alike. The batches are those of the first steps of
-training where the recipe's data is there, made up otherwise. weft computes captions as far as the longest of a batch
-goes, plain torch the whole context, as trainers usually do; made-up captions fill it. With several ranks (`--nproc`)
+training where the recipe's data is there, made up otherwise. weft computes no padding of captions, plain torch the
+whole context, as trainers usually do; made-up captions fill it. With several ranks (`--nproc`)
 the peer is plain torch under DistributedDataParallel, whose loss gathers all embeddings; a model that is cut has no
 such peer, and is measured alone.
 
@@ -120,7 +120,7 @@ def bench_training_step(recipe: Recipe) -> StepBench | None:
                 steps[name] = _plain_step(plain, recipe, ranks, fused)
         steps["weft"] = _weft_step(model, recipe, ranks)
         batches, source = batches_for(recipe, layout, ranks, STEPS_A_ROUND)
-        text_length = statistics.fmean(batch.shortened(layout.text_step).text.shape[1] for batch in batches)
+        length = statistics.fmean(batch.caption_length for batch in batches)
         first = {name: step(batches[0]) for name, step in steps.items()}
         seconds = _take_turns(steps, batches, ranks)
         with SavedBytes(parameters) as saved:
@@ -129,12 +129,12 @@ def bench_training_step(recipe: Recipe) -> StepBench | None:
         if not ranks.is_first:
             return None
         weft = statistics.median(seconds["weft"])
-        flops = training_flops_per_sample(recipe.model, round(text_length)) * recipe.train.global_batch
+        flops = training_flops_per_sample(recipe.model, length) * recipe.train.global_batch
         compared = "plain" in steps
         return StepBench(
             layout=str(layout),
             device=torch.cuda.get_device_name() if ranks.device.type == "cuda" else "CPU",
-            batches=f"{source}; weft computes {text_length:g} of {recipe.model.text.context} tokens of text",
+            batches=f"{source}; captions of {length:.3g} of {recipe.model.text.context} tokens on average",
             threads=torch.get_num_threads(),
             global_batch=recipe.train.global_batch,
             parameters=sum(parameter.numel() for parameter in parameters),

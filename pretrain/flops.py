@@ -2,8 +2,8 @@
 
 Convention: a multiply-add is 2 operations; only matrix products count (projections, feed-forward, attention scores and
 values); a causal mask does not halve attention, since the usual kernels do the work anyway. Backward is twice forward.
-Of the last layer of a text tower only what its pooled row needs is counted, beside q, k and v of all rows, under every
-layout: one that cuts the sequence or the layers does that layer whole, and its MFU is so much lower.
+Padding is not counted, and of the last layer of a text tower only what its pooled row needs, beside q, k and v of all
+tokens, under every layout: one that cuts the sequence or the layers does both, and its MFU is so much lower.
 Source of the convention: Kaplan et al. 2020, "Scaling Laws for Neural Language Models", table 1, with attention added.
 """
 
@@ -17,7 +17,7 @@ from pretrain.sections import Model, Tower
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}
 
 
-def forward_flops_per_sample(model: Model, text_length: int | None = None) -> int:
+def forward_flops_per_sample(model: Model, text_length: float | None = None) -> float:
     """One image and one caption of so many tokens (default: the context) through both towers, or the one decoder."""
     vision, text = model.vision, model.text
     length = text.context if text_length is None else text_length
@@ -30,7 +30,7 @@ def forward_flops_per_sample(model: Model, text_length: int | None = None) -> in
     return image + caption
 
 
-def training_flops_per_sample(model: Model, text_length: int | None = None) -> int:
+def training_flops_per_sample(model: Model, text_length: float | None = None) -> float:
     """Forward and backward of one pair. Recomputation and the loss are not counted."""
     return 3 * forward_flops_per_sample(model, text_length)
 
@@ -43,7 +43,7 @@ def peak_tflops(device: torch.device) -> float | None:
     return next((peak for card, peak in PEAK_TFLOPS.items() if card in name), None)
 
 
-def _block_flops(tower: Tower, length: int, pooled: bool = False) -> int:
+def _block_flops(tower: Tower, length: float, pooled: bool = False) -> float:
     """A transformer over `length` tokens: 4 D^2 for q, k, v and output, 2 D F for feed-forward, 2 S D for attention.
 
     pooled: all of the last layer but q, k and v is of one row.

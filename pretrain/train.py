@@ -179,9 +179,8 @@ def _train(
             clock.waited(time.perf_counter() - asked)
             lr = learning_rate(settings, step)
             watchdog.phase("forward and backward", step + 1)
-            batch = batch.shortened(layout.text_step)
-            stepped = engine.step(batch.to(ranks.device), lr, guard.loss_limit)
-            clock.computed(training_flops_per_sample(recipe.model, batch.text.shape[1]) * layout.share)
+            stepped = engine.step(batch.shortened(layout.text_step).to(ranks.device), lr, guard.loss_limit)
+            clock.computed(training_flops_per_sample(recipe.model, batch.caption_length) * layout.share)
             done = step + 1
             try:
                 guard.judge(stepped, done, saver.finish)

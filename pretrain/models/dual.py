@@ -52,4 +52,5 @@ class DualEncoder(torch.nn.Module):
         return {"logit_scale": self.logit_scale(), "logit_bias": self.logit_bias()}
 
     def forward(self, image: torch.Tensor, text: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"image": self.encode_image(image), "text": self.encode_text(text), **self.logits_settings()}
+        embedded = self.encode_text(text)  # first, since it waits for a GPU to count tokens
+        return {"image": self.encode_image(image), "text": embedded, **self.logits_settings()}

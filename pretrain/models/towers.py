@@ -11,6 +11,7 @@ from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from data_pipeline.tokenizer import EOS
+from pretrain.models.packing import Packing
 from pretrain.models.pieces import Build, Chunk, Piece
 from pretrain.models.transformer import build_block, cut_sequence, join_sequence, through
 from pretrain.sections import Text, Vision
@@ -59,14 +60,17 @@ class TextTower(Chunk):
         if piece.first:
             self.tokens = token_table(config, build)
             self.positions = torch.nn.Parameter(torch.empty(config.context, config.width, dtype=build.dtype))
-        # one row a sample is wanted of the last layer; ranks that cut the sequence or the layers do it whole
-        self.pooled = build.batch_first
-        self.block = build_block(config, piece, build, causal=config.causal, pooled=self.pooled)
+        # no padding is computed, and one row a caption of the last layer; ranks that cut the sequence or the layers do
+        # all of both
+        self.packed = build.batch_first
+        self.block = build_block(config, piece, build, causal=config.causal, pooled=self.packed)
         if piece.last:
             self.projection = torch.nn.Linear(config.width, embed_dim, bias=False, dtype=build.dtype)
 
     def forward(self, text_BS: torch.Tensor) -> torch.Tensor:
         end_B = end_marks(text_BS)
+        if self.packed:
+            return self._embed_tokens(text_BS, Packing.of(end_B + 1, text_BS.shape[1]))
         hidden_SBD = None
         if self.piece.first:
             hidden_SBD = self.tokens(text_BS).transpose(0, 1) + self.positions[: text_BS.shape[1], None]
@@ -74,10 +78,14 @@ class TextTower(Chunk):
         hidden_SBD = through(self.block, hidden_SBD, self.build, end_B + 1)  # behind the end mark is only padding
         if not self.piece.last:
             return hidden_SBD
-        if self.pooled:
-            return normalise(self.projection(hidden_SBD[0]))
         hidden_SBD = join_sequence(hidden_SBD, self.build)
         return normalise(self.projection(hidden_SBD[end_B, torch.arange(len(end_B), device=end_B.device)]))
+
+    def _embed_tokens(self, text_BS: torch.Tensor, packing: Packing) -> torch.Tensor:
+        words_ND = self.tokens(text_BS.flatten()[packing.rows])
+        hidden_ND = words_ND + F.embedding(packing.rows % text_BS.shape[1], self.positions)
+        last_1BD = through(self.block, hidden_ND.unsqueeze(1), self.build, packing.places)
+        return normalise(self.projection(last_1BD[0]))
 
 
 class Patches(torch.nn.Module):

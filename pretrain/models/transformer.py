@@ -4,7 +4,8 @@ Megatron-core brings the tensor parallel linear layers, the residual structure a
 our kernels run come in through the layer spec. Nothing here knows how many ranks there are.
 
 A block works on [S, B, D], or on [B, S, D] where the build is `batch_first`; `through` takes and gives [S, B, D].
-What is said below of [S, B, ...] holds for [B, S, ...] then.
+What is said below of [S, B, ...] holds for [B, S, ...] then. A text block that is `batch_first` works on [1, N, D], the
+N tokens of the batch without its padding (packing.py).
 
 Axes: S sequence, B batch, H heads of this rank, K size of a head, D width.
 """
@@ -36,6 +37,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from kernels.attention import attention
 from kernels.norm import layer_norm
+from pretrain.models.packing import Packing
 from pretrain.models.pieces import Build, Piece
 from pretrain.sections import Tower
 
@@ -58,9 +60,10 @@ class Norm(torch.nn.Module):
 
 
 class CoreAttention(torch.nn.Module):
-    """softmax(q k^T / sqrt(K)) v, through our kernel. `attention_mask`: how many keys [B] to look at, or None.
+    """softmax(q k^T / sqrt(K)) v, through our kernel.
 
-    pooled: only the last of these keys asks, and the output has a sequence of 1.
+    attention_mask: how many keys [B] to look at, or None; where the build is `batch_first` the places [B, S] of packed
+    tokens, or None. pooled: only the last token of each caption asks: [1, N, H, K] -> [B, 1, H K].
     Context parallel ranks hold consecutive pieces of the sequence: each gathers the keys and values of all, and with a
     causal mask looks at those up to the end of its own piece (Llama 3, Dubey et al. 2024, section 3.3.2).
     """
@@ -93,15 +96,22 @@ class CoreAttention(torch.nn.Module):
             k_SBHK, v_SBHK = (
                 gather_from_sequence_parallel_region(each, group=self.context_group)[:seen] for each in (k_SBHK, v_SBHK)
             )
-        if self.pooled:
-            assert attention_mask is not None
-            q_SBHK = last_rows(q_SBHK, attention_mask)
+        lengths_B, packing = attention_mask, None
+        if self.batch_first and attention_mask is not None:
+            packing = Packing.at(attention_mask, q_SBHK.shape[1])
+            lengths_B = packing.lengths_B
+            (q_NHK,), (k_NHK,), (v_NHK,) = q_SBHK, k_SBHK, v_SBHK
+            q_SBHK = packing.last(q_NHK).unsqueeze(1) if self.pooled else packing.unpack(q_NHK)
+            k_SBHK, v_SBHK = packing.unpack(k_NHK), packing.unpack(v_NHK)
         to_BHSK = (0, 2, 1, 3) if self.batch_first else (1, 2, 0, 3)
         q, k, v = (x.permute(to_BHSK) for x in (q_SBHK, k_SBHK, v_SBHK))
         causal = self.causal and not self.pooled
-        lengths_B = None if causal else attention_mask  # with a causal mask no query sees what lies behind it
+        lengths_B = None if causal else lengths_B  # with a causal mask no query sees what lies behind it
         out_BHSK = attention(q, k, v, causal=causal, key_lengths_B=lengths_B, backend=self.backend)
-        return out_BHSK.permute((0, 2, 1, 3) if self.batch_first else (2, 0, 1, 3)).flatten(2)
+        out_SBHK = out_BHSK.permute((0, 2, 1, 3) if self.batch_first else (2, 0, 1, 3))
+        if packing and not self.pooled:
+            out_SBHK = packing.pack(out_SBHK).unsqueeze(0)
+        return out_SBHK.flatten(2)
 
 
 class ColumnLinear(ColumnParallelLinear):
@@ -123,33 +133,27 @@ class RowLinear(RowParallelLinear):
 
 
 class PooledLayer(TransformerLayer):
-    """A layer of which one row a sample is wanted, the last that it may look at: [B, S, D] -> [B, 1, D].
+    """A layer of which one row a caption is wanted, its last token: [1, N, D] -> [B, 1, D].
 
-    Queries, keys and values come from one product over all rows; attention, its output and the feed-forward part are of
-    that row alone.
+    Queries, keys and values come from one product over all tokens; attention, its output and the feed-forward part are
+    of that row alone.
     """
 
     def _forward_attention(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor, **_: object
     ) -> tuple[torch.Tensor, None]:
         attended_with_bias = self.self_attention(self.input_layernorm(hidden_states), attention_mask=attention_mask)
-        residual = last_rows(hidden_states, attention_mask)
+        (hidden_ND,) = hidden_states
+        residual = Packing.at(attention_mask, len(hidden_ND)).last(hidden_ND).unsqueeze(1)
         with self.bias_dropout_add_exec_handler():
             add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
             return add(attended_with_bias, residual, self.hidden_dropout), None
 
 
-def last_rows(x_BS: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
-    """The last row of the first `lengths` ones of each sample: [B, S, ...] -> [B, 1, ...]."""
-    batch, length = x_BS.shape[:2]
-    rows_B = torch.arange(batch, device=x_BS.device) * length + lengths_B - 1
-    return x_BS.flatten(0, 1).index_select(0, rows_B).unsqueeze(1)
-
-
 def build_block(tower: Tower, piece: Piece, build: Build, *, causal: bool, pooled: bool = False) -> TransformerBlock:
     """A chunk of a pre-norm transformer, the last one with its final norm.
 
-    pooled: the last layer is a `PooledLayer`; needs `build.batch_first`. Parameters are left for `initialise`.
+    pooled: the last layer is a `PooledLayer`, for packed tokens. Parameters are left for `initialise`.
     """
     config = TransformerConfig(
         num_layers=tower.layers,
@@ -224,13 +228,13 @@ def _layer(build: Build, causal: bool, *, pooled: bool) -> ModuleSpec:
 
 
 def through(
-    block: TransformerBlock, hidden_SBD: torch.Tensor | None, build: Build, lengths_B: torch.Tensor | None = None
+    block: TransformerBlock, hidden_SBD: torch.Tensor | None, build: Build, seen: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Hidden states after a block; None where the stage before has set them. lengths: of what may be looked at."""
+    """Hidden states after a block; None where the stage before has set them. seen: the mask of `CoreAttention`."""
     if not build.batch_first or hidden_SBD is None:
-        after_SBD: torch.Tensor = block(hidden_SBD, attention_mask=lengths_B)
+        after_SBD: torch.Tensor = block(hidden_SBD, attention_mask=seen)
         return after_SBD
-    after_BSD: torch.Tensor = block(hidden_SBD.transpose(0, 1).contiguous(), attention_mask=lengths_B)
+    after_BSD: torch.Tensor = block(hidden_SBD.transpose(0, 1).contiguous(), attention_mask=seen)
     return after_BSD.transpose(0, 1)
 
 

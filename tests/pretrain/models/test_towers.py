@@ -10,9 +10,10 @@ import torch
 from data_pipeline.tokenizer import EOS
 from pretrain.models.dual import DualEncoder
 from pretrain.models.initialise import initialise
+from pretrain.models.packing import Packing
 from pretrain.models.pieces import Build, Piece, parameters_by_name
 from pretrain.models.towers import cut_into_patches, normalise, sincos_2d
-from pretrain.models.transformer import build_block
+from pretrain.models.transformer import build_block, through
 from pretrain.objectives import OBJECTIVES, Objective
 from pretrain.parallel.groups import Ranks
 from pretrain.sections import Model, Text
@@ -252,15 +253,22 @@ def test_causal_and_bidirectional_see_other_tokens(alone: Ranks) -> None:
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_caption_is_pooled_at_its_end_mark(alone: Ranks, causal: bool) -> None:
-    """As by a block that computes all rows of its last layer."""
+    """As by a block that computes all rows of all its layers."""
     model = model_of(causal=causal)
     (tower,) = model.text
     text = Text(layers=2, width=12, heads=3, context=CONTEXT, vocab_size=300)
-    whole = build_block(text, Piece(), Build(), causal=causal)
+    by_rows = Build(cp=2)  # of a sequence that ranks cut, though here one has all of it
+    whole = build_block(text, Piece(), by_rows, causal=causal)
     whole.load_state_dict(tower.block.state_dict())
     hidden: list[torch.Tensor] = []
     ends = torch.tensor([4, 1, 8, 2])
-    tower.block.register_forward_pre_hook(lambda _, inputs: hidden.append(whole(inputs[0], attention_mask=ends + 1)))
+    packing = Packing.of(ends + 1, CONTEXT)
+
+    def beside(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        rows_SBD = packing.unpack(inputs[0][0]).transpose(0, 1).contiguous()
+        hidden.append(through(whole, rows_SBD, by_rows, ends + 1).transpose(0, 1))
+
+    tower.block.register_forward_pre_hook(beside)
     pooled = model.encode_text(CAPTIONS)
     for row, end in enumerate(ends):
         expected = normalise(tower.projection(hidden[0][row, end][None]))

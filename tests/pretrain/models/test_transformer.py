@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_block import TransformerBlock
 
 from pretrain.models.initialise import sharded_axis
+from pretrain.models.packing import Packing
 from pretrain.models.pieces import Build, Piece
-from pretrain.models.transformer import Norm, build_block, last_rows, mark_tensor_parallel, through
+from pretrain.models.transformer import Norm, build_block, mark_tensor_parallel, through
 from pretrain.parallel.groups import Ranks
 from pretrain.sections import Tower
 
@@ -85,31 +86,46 @@ def test_is_a_pre_norm_transformer(
         torch.testing.assert_close(parameter.grad, weights[name].grad, atol=1e-10, rtol=1e-8, msg=name)
 
 
+LENGTHS = torch.tensor([4, 9, 1])
+
+
+def seen_of(causal: bool) -> torch.Tensor:
+    """Who looks at whom in captions of these lengths, [3, 9, 9]."""
+    seen_BSS = (torch.arange(9) < LENGTHS[:, None])[:, None].expand(3, 9, 9)
+    return seen_BSS.tril() if causal else seen_BSS
+
+
 def test_the_mask_is_the_number_of_keys(alone: Ranks) -> None:
-    block = block_of(causal=False)
+    build = Build(dtype=torch.float64, cp=2)
+    block = block_of(causal=False, build=build)
     weights = {name: each.detach() for name, each in block.named_parameters()}
-    lengths = torch.tensor([4, 9, 1])
-    seen = (torch.arange(9) < lengths[:, None])[:, None].expand(3, 9, 9)
     hidden = draw(9, 3)
-    torch.testing.assert_close(
-        through(block, hidden, Build(), lengths), plain_block(weights, hidden, seen), atol=1e-11, rtol=1e-9
-    )
+    expected = plain_block(weights, hidden, seen_of(False))
+    torch.testing.assert_close(through(block, hidden, build, LENGTHS), expected, atol=1e-11, rtol=1e-9)
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_a_pooled_block_gives_the_last_row_of_each_sample_and_its_gradients(alone: Ranks, causal: bool) -> None:
-    whole, pooled = (block_of(causal=causal, pooled=each) for each in (False, True))
-    lengths = torch.tensor([4, 9, 1])
-    whole_hidden, pooled_hidden = (draw(9, 3).requires_grad_() for _ in range(2))
-    expected = last_rows(through(whole, whole_hidden, Build(), lengths).transpose(0, 1), lengths)[:, 0]
-    (found,) = through(pooled, pooled_hidden, Build(), lengths)
+@pytest.mark.parametrize("pooled", [False, True])
+def test_a_packed_block_gives_what_plain_rows_give_and_their_gradients(
+    alone: Ranks, causal: bool, pooled: bool
+) -> None:
+    block = block_of(causal=causal, pooled=pooled)
+    weights = {name: each.detach().clone().requires_grad_() for name, each in block.named_parameters()}
+    packing = Packing.of(LENGTHS, 9)
+    plain_hidden, packed_hidden = (draw(9, 3).requires_grad_() for _ in range(2))
+    expected = plain_block(weights, plain_hidden, seen_of(causal)).transpose(0, 1)
+    real = torch.arange(9) < LENGTHS[:, None]
+    expected = expected[torch.arange(3), LENGTHS - 1] if pooled else expected[real]
+    packed = packing.pack(packed_hidden.transpose(0, 1))
+    found = through(block, packed.unsqueeze(1), Build(), packing.places)
+    found = found[0] if pooled else found[:, 0]
     torch.testing.assert_close(found, expected, atol=1e-11, rtol=1e-9)
     gradient = torch.randn(found.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     found.backward(gradient)
     expected.backward(gradient)
-    torch.testing.assert_close(pooled_hidden.grad, whole_hidden.grad, atol=1e-11, rtol=1e-9)
-    for (name, one), other in zip(pooled.named_parameters(), whole.parameters(), strict=True):
-        torch.testing.assert_close(one.grad, other.grad, atol=1e-10, rtol=1e-8, msg=name)
+    torch.testing.assert_close(packed_hidden.grad, plain_hidden.grad, atol=1e-11, rtol=1e-9)
+    for name, parameter in block.named_parameters():
+        torch.testing.assert_close(parameter.grad, weights[name].grad, atol=1e-10, rtol=1e-8, msg=name)
 
 
 def test_nothing_is_random_while_training(alone: Ranks) -> None:
