@@ -133,7 +133,8 @@ def activation_bytes(recipe: Recipe, place: Place) -> int:
     each = [_tower_bytes(recipe, tower, length, place) for tower, length in zip(towers, lengths.values(), strict=True)]
     if layout.pp > 1:  # towers are pipelines that run one after the other
         return max(kept + again for kept, again in each)
-    # one pass runs them all; backward begins at the last one, and what it is done with is free
+    # one pass runs them all, text first; backward begins at the last one, and what it is done with is free
+    each.reverse()
     return max(sum(kept for kept, _ in each[:number]) + each[number - 1][1] for number in range(1, len(each) + 1))
 
 
@@ -150,6 +151,9 @@ def _tower_bytes(recipe: Recipe, tower: Tower, length: int, place: Place) -> tup
     inside = (4 * width + 2 * hidden) * number / layout.tp + 4 * tower.heads / layout.tp  # the last: log sums
     if layout.cp > 1:
         inside += 2 * layout.cp * width * number / layout.tp  # keys and values of all context parallel ranks
+    packed = _is_packed(recipe, tower, layout)
+    copied = width * number / layout.tp if packed else 0.0  # attention's output, by rows and side by side
+    inside += copied
     layers = tower.layers // (layout.pp * layout.vpp)
     of_chunk, again = layers * (between + inside), 0.0
     if recipe.layout.recompute == "full":
@@ -159,10 +163,10 @@ def _tower_bytes(recipe: Recipe, tower: Tower, length: int, place: Place) -> tup
     if recipe.layout.recompute == "selective":
         of_chunk -= layers * 4 * tower.heads / layout.tp
     ends, last_rows = 0.0, 1.0
-    if _pools_its_last_layer(recipe, tower, layout):  # behind q, k and v, all of that layer is one row a sample
+    if packed:  # behind q, k and v, all of the last layer is one row a sample
         last_rows = 1 / length
         if recipe.layout.recompute != "full":
-            of_chunk -= (1 - last_rows) * (between / 2 + (width + 2 * hidden) * number / layout.tp)
+            of_chunk -= copied + (1 - last_rows) * (between / 2 + (width + 2 * hidden) * number / layout.tp)
     if place.first and (tower is recipe.model.vision or recipe.model.kind == "captioner"):
         ends += 3 * recipe.model.vision.patch**2 * number * recipe.model.vision.patches / length
     table = 0
@@ -175,7 +179,7 @@ def _tower_bytes(recipe: Recipe, tower: Tower, length: int, place: Place) -> tup
     return int(kept), int(tokens * again)
 
 
-def _pools_its_last_layer(recipe: Recipe, tower: Tower, layout: Layout) -> bool:
+def _is_packed(recipe: Recipe, tower: Tower, layout: Layout) -> bool:
     """As models/towers.py: a text tower whose sequence and layers no rank cuts."""
     whole = layout.pp == layout.cp == 1 and not layout.sequence_parallel
     return whole and recipe.model.kind == "dual" and tower is recipe.model.text
