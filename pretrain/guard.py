@@ -31,11 +31,17 @@ class Guard:
         memory = memory or {}
         self._losses: deque[float] = deque(memory.get("losses", ()), maxlen=REMEMBERED)
         self._in_a_row: int = memory.get("in_a_row", 0)
+        self._not_finite: int = memory.get("not_finite", self._in_a_row)  # of those
         self.skipped: int = memory.get("skipped", 0)  # steps that changed nothing
 
     def memory(self) -> dict[str, Any]:
         """For a checkpoint; fits JSON."""
-        return {"losses": list(self._losses), "in_a_row": self._in_a_row, "skipped": self.skipped}
+        return {
+            "losses": list(self._losses),
+            "in_a_row": self._in_a_row,
+            "not_finite": self._not_finite,
+            "skipped": self.skipped,
+        }
 
     @property
     def loss_limit(self) -> float:
@@ -46,11 +52,13 @@ class Guard:
 
     @property
     def problem(self) -> str:
-        """Why a run that ends here has diverged: its last steps were skipped; "" when they were not."""
-        if not self._in_a_row:
+        """Why a run that ends here has diverged, "" when it has not: of its last steps, which were skipped, some were
+        not finite. Spikes are bad batches: the weights are those of a good step.
+        """
+        if not self._not_finite:
             return ""
         steps = "step was" if self._in_a_row == 1 else f"{self._in_a_row} steps were"
-        return f"the last {steps} skipped, because the loss or its gradients were not finite or too large"
+        return f"the last {steps} skipped, because the loss or its gradients were not finite"
 
     @property
     def steady(self) -> bool:
@@ -64,10 +72,11 @@ class Guard:
         """
         if stepped.updated:
             self._losses.append(stepped.loss)
-            self._in_a_row = 0
+            self._in_a_row = self._not_finite = 0
             return
         self.skipped += 1
         self._in_a_row += 1
+        self._not_finite += not self._spiked(stepped)
         if self._in_a_row > self._settings.max_skipped:
             settle()
             raise WeftError(f"{self._what_happened(stepped, step)}; {self._what_can_be_done(stepped, step)}")

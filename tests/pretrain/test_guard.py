@@ -70,6 +70,19 @@ def test_what_it_remembers_survives_a_stop() -> None:
         again.judge(stepped(loss=50.0, grad_norm=math.inf), LEAST)
 
 
+def test_a_run_that_ends_with_a_bad_batch_has_not_diverged() -> None:
+    guard = Guard(Train(spike=3.0), RUN)
+    for step in range(LEAST):
+        guard.judge(stepped(loss=2.0), step)
+    guard.judge(stepped(loss=50.0, grad_norm=math.inf), LEAST)
+    again = Guard(Train(spike=3.0), RUN, json.loads(json.dumps(guard.memory())))
+    assert (guard.problem, again.problem, again.steady) == ("", "", False)
+    again.judge(stepped(math.nan, math.nan), LEAST + 1)
+    assert again.problem == "the last 2 steps were skipped, because the loss or its gradients were not finite"
+    again.judge(stepped(), LEAST + 2)
+    assert again.problem == ""
+
+
 @pytest.mark.parametrize(
     ("loss", "bad_from", "steps", "advice"),
     [

@@ -126,3 +126,16 @@ def test_requests_that_make_no_sense_are_refused(trained: Path, data: Path, tmp_
     with pytest.raises(RequestError, match="--no-captions leaves classes"):
         score_samples(trained, tmp_path / "bare", tmp_path / "t.jsonl", captions=False)
     assert not (tmp_path / "t.jsonl").exists()
+
+
+def test_a_model_of_nans_scores_nothing(
+    trained: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, tokenizer, recipe = load_model(trained)
+    with torch.no_grad():
+        next(model.parameters()).fill_(torch.nan)
+    monkeypatch.setattr("pretrain.score_samples.load_model", lambda *_: (model, tokenizer, recipe))
+    assert main(["data", "score", str(trained), str(data), str(tmp_path / "t.jsonl")]) == 1
+    (sentence,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("weft: ")]
+    assert "not finite" in sentence
+    assert not list(tmp_path.glob("t.jsonl*")), "a table appears whole or not at all"
