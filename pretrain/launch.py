@@ -97,11 +97,17 @@ def _report(ends: Sequence[End], said: bool = False) -> int:
 
 
 def leave_word(sentence: str, lasting: bool) -> None:
-    """In a rank: tell the launcher the sentence that this rank ends with; `lasting`: at another attempt too."""
+    """In a rank: tell the launcher the sentence that this rank ends with; `lasting`: at another attempt too.
+
+    The file is there whole or not at all: torchrun's library fails over half of one, and the job with it, when a rank
+    is ended while it writes.
+    """
     if path := os.environ.get(SAID):
+        unfinished = Path(f"{path}.unfinished")
         with suppress(OSError):  # where nothing can be written, the exit code has to do
             text = json.dumps({"message": sentence, "lasting": lasting, "timestamp": int(time.time())})
-            Path(path).write_text(text, encoding="utf-8")
+            unfinished.write_text(text, encoding="utf-8")
+            unfinished.replace(path)
 
 
 def _word(path: Path) -> tuple[str, bool]:

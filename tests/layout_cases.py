@@ -121,7 +121,7 @@ def train_case(
         engine = Engine(build_model(recipe, layout, ranks), recipe, layout, ranks)
         seen: list[int] = []  # lengths of the sequence between layers
         for module in engine.model.modules():
-            if isinstance(module, Chunk):
+            if isinstance(module, Chunk) and not getattr(module, "packed", False):  # whose tokens are no sequence
                 axis = int(module.build.batch_first)
                 module.block.layers[0].register_forward_hook(
                     lambda _, __, output, axis=axis: seen.append(output[0].shape[axis])

@@ -20,7 +20,7 @@ from data_pipeline import Tokenizer
 from data_pipeline.scenes.synth import synthesise
 from pretrain.cli import main
 from pretrain.config import Recipe, load_recipe
-from pretrain.launch import _report
+from pretrain.launch import SAID, _report, _word, leave_word
 from pretrain.restart import NO_PROGRESS, End, Restarts, cause, fits, newest_step, next_ranks
 
 
@@ -58,6 +58,22 @@ def test_what_would_end_the_same_way_or_was_wanted_is_not_started_again(end: End
 def test_what_may_not_happen_again_is_started_again_with_as_many_ranks(code: int) -> None:
     assert next_ranks(End(1, code), 4, **AGAIN) == 4
     assert next_ranks(End(1, code), 4, **AGAIN | {"restarts_left": 0}) is None
+
+
+def test_the_last_word_of_a_rank_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, write = tmp_path / "error.json", Path.write_text
+
+    def cut_off(path: Path, text: str, **settings: Any) -> int:
+        write(path, text[:9], **settings)
+        raise OSError("ended while it wrote")
+
+    monkeypatch.setenv(SAID, str(place))
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", cut_off)
+        leave_word("no data set at x", True)
+    assert not place.exists(), "torchrun's library fails over half a file"
+    leave_word("no data set at x", True)
+    assert _word(place) == ("no data set at x", True)
 
 
 def test_an_attempt_that_got_nowhere_is_followed_by_the_next_smaller_one() -> None:
