@@ -146,7 +146,7 @@ def check_text(shard: str, sample: Sample, offsets: dict[str, int | None]) -> tu
             continue
         zeros = len(sample.fields[name]) - len(sample.fields[name].rstrip(b"\0"))
         if zeros:
-            reason = f"the {name} field ends in {zeros} zero bytes: its end was never written?"
+            reason = f"the {name} field ends in {zeros} zero byte{'s' * (zeros != 1)}: its end was never written?"
             found.append(Problem("error", shard, offsets[name], sample.key, reason))
         alone = Sample(sample.key, {name: sample.fields[name]})
         try:

@@ -59,7 +59,9 @@ def show_written(out: Path, parts: dict[str, Written], as_json: bool, more: dict
     for name, written in parts.items():
         index = written.index
         size = readable_size(sum(shard.bytes for shard in index.shards))
-        console.print(escape(f"{out / name}: {index.samples} samples in {plural(len(index.shards), 'shard')}, {size}"))
+        console.print(
+            escape(f"{out / name}: {plural(index.samples, 'sample')} in {plural(len(index.shards), 'shard')}, {size}")
+        )
         if written.skipped:
             console.print(f"[yellow]skipped {len(written.skipped)}:[/yellow]")
         if len(written.skipped) > SHOWN:

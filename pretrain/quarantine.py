@@ -1,7 +1,7 @@
 """Samples that could not be used: each named once in quarantine.jsonl, counted by all ranks; too many end the run.
 
-Too many are more than data.max_corrupt, or more than data.max_corrupt_share of the samples read so far; the share is
-not asked for the first FEW, which in a small set are a large share of it.
+Too many are more than data.max_corrupt, or more than data.max_corrupt_share of the samples tried so far, stand-ins
+included; the share is not asked for the first FEW, which in a small set are a large share of it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Quarantine:
         if ranks.is_first and start_step == 0:
             self._file.unlink(missing_ok=True)
         self._known = {int(line["sample"]) for line in read_lines(self._file)} if start_step else set()
-        self._told = len(self._known)
+        self._told = self._stood_in = len(self._known)  # after a resume: stand-ins at least
 
     def agree(
         self, corrupt: list[Corrupt], stop: bool, position: int, sums: Sequence[int] = ()
@@ -50,7 +50,8 @@ class Quarantine:
         found, stops, *totals = self._ranks.agree(torch.tensor([len(corrupt), int(stop), *sums])).tolist()
         if found:
             everyone = [each for part in self._ranks.of_all(corrupt) for each in part]
-            self._take_in(everyone, min(position, self._samples))
+            self._stood_in += found  # each that could not be used was followed by another
+            self._take_in(everyone, min(position + self._stood_in, self._samples))
         return stops > 0, totals
 
     def sum_up(self) -> str:
@@ -58,7 +59,7 @@ class Quarantine:
         count = len(self._known)
         return f"{_samples(count)} could not be used: see {self._file}" if count > self._told else ""
 
-    def _take_in(self, corrupt: list[Corrupt], read: int) -> None:
+    def _take_in(self, corrupt: list[Corrupt], tried: int) -> None:
         last = corrupt[-1]
         for each in corrupt:
             if each.sample in self._known:
@@ -72,9 +73,9 @@ class Quarantine:
         named = f"the last is {last.key!r} in {last.shard}: {last.reason}; all are named in {self._file}"
         if count > self._limit:
             raise WeftError(f"{_samples(count)} could not be used, more than data.max_corrupt={self._limit}; {named}")
-        if count > FEW and count > self._share * read:
+        if count > FEW and count > self._share * tried:
             raise WeftError(
-                f"{count} of the first {read} samples could not be used, "
+                f"{count} of the {tried} samples tried so far could not be used, "
                 f"more than data.max_corrupt_share={self._share:g} of them; {named}"
             )
         if count >= max(1, 2 * self._told):

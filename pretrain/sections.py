@@ -88,7 +88,7 @@ class Data(Section):
     flip: bool = Field(False, description="mirror half of the training images (this falsifies 'left of' in captions)")
     max_corrupt: int = Field(100, ge=0, description="stop the run after more than N unusable samples")
     max_corrupt_share: float = Field(
-        0.1, ge=0, le=1, description="also stop above this share of the samples read so far; 7 are always allowed"
+        0.1, ge=0, le=1, description="also stop above this share of the samples tried so far; 7 are always allowed"
     )
 
     @model_validator(mode="after")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -156,6 +157,20 @@ def test_too_many_by_count_or_by_share(
         return
     with pytest.raises(WeftError, match=r"data\.max_corrupt(_share)?=.*'s\d+' in 0.tar: damaged JPEG"):
         kept.agree(corrupt(*range(bad)), False, position)
+
+
+@pytest.mark.parametrize(("share", "ends"), [(0.5, True), (0.7, False), (1.0, False)])
+def test_stand_ins_that_cannot_be_used_count_as_tried(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], share: float, ends: bool
+) -> None:
+    """60% are bad: a batch of 8 tries some 20 samples, and what is bad is a share of those."""
+    bad = {f"{n}": {"txt": b"fine", "png": b"broken"} for n in range(60)}
+    data = write(tmp_path / "data", bad, good=40)
+    assert train(data, tmp_path / "run", f"data.max_corrupt_share={share}") == int(ends)
+    told = re.search(r"(\d+) of the (\d+) samples tried so far could not be used", capsys.readouterr().err)
+    assert bool(told) == ends
+    if told:
+        assert share < int(told[1]) / int(told[2]) <= 1
 
 
 def test_half_of_a_set_ends_the_run_and_a_few_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
