@@ -3,9 +3,9 @@
 Both start from the same parameters and train on the same batches, so their first losses must agree; they take turns
 in short rounds, so that whatever else the machine does falls on both alike. The batches are those of the first steps of
 training where the recipe's data is there, made up otherwise. weft computes no padding of captions, plain torch the
-whole context, as trainers usually do; made-up captions fill it. With several ranks (`--nproc`)
-the peer is plain torch under DistributedDataParallel, whose loss gathers all embeddings; a model that is cut has no
-such peer, and is measured alone.
+whole context, as trainers usually do; made-up captions fill it. With several ranks (`--nproc`) the peer is plain torch
+under DistributedDataParallel, whose loss gathers all embeddings; a model that is cut has no such peer, and is measured
+alone.
 
 Beside the time: the share of a step in which a collective or a message between stages is under way on this rank, by
 torch's profiler, waiting for the others included; and the bytes that autograd keeps for backward at the worst moment.

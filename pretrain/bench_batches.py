@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from data_pipeline import Batch, Tokenizer
+from data_pipeline import Batch
 from data_pipeline.tokenizer import EOS
 from pretrain.config import Recipe
 from pretrain.ingest import ingest
-from pretrain.parallel.first import from_first
 from pretrain.parallel.groups import Ranks
 from pretrain.parallel.layout import Layout
 from pretrain.sources import open_training_data, picture_aspects, reading_order
-from pretrain.tokenizer import make_tokenizer
+from pretrain.tokenizer import tokenizer_of
 
 
 def batches_for(recipe: Recipe, layout: Layout, ranks: Ranks, count: int) -> tuple[list[Batch], str]:
@@ -23,7 +22,7 @@ def batches_for(recipe: Recipe, layout: Layout, ranks: Ranks, count: int) -> tup
         made = [_made_up(recipe, layout.share, ranks, number).to(ranks.device) for number in range(count)]
         return made, f"made-up batches, since {error}"
     order = reading_order(recipe, dataset, picture_aspects(recipe, dataset, ranks))
-    tokenizer = Tokenizer(from_first(lambda: make_tokenizer(recipe, dataset).to_json(), ranks))
+    tokenizer = tokenizer_of(recipe, dataset, None, ranks, save=False)
     with ingest(recipe, dataset, order, tokenizer, ranks, 0, count) as batches:
         return [batch.to(ranks.device) for batch in batches], f"batches of {recipe.data.train}"
 

@@ -103,11 +103,12 @@ def leave_word(sentence: str, lasting: bool) -> None:
     is ended while it writes.
     """
     if path := os.environ.get(SAID):
-        unfinished = Path(f"{path}.unfinished")
-        with suppress(OSError):  # where nothing can be written, the exit code has to do
-            text = json.dumps({"message": sentence, "lasting": lasting, "timestamp": int(time.time())})
+        from data_pipeline.index import written_whole  # with torch, which most that ends with a sentence has loaded
+
+        text = json.dumps({"message": sentence, "lasting": lasting, "timestamp": int(time.time())})
+        # where nothing can be written, the exit code has to do
+        with suppress(OSError), written_whole(Path(path)) as unfinished:
             unfinished.write_text(text, encoding="utf-8")
-            unfinished.replace(path)
 
 
 def _word(path: Path) -> tuple[str, bool]:

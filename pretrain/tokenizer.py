@@ -19,15 +19,18 @@ from pretrain.parallel.groups import Ranks
 CAPTIONS_FOR_TOKENIZER = 200_000
 
 
-def tokenizer_of(recipe: Recipe, dataset: Dataset | Joined, given: Path | None, ranks: Ranks) -> Tokenizer:
-    """The tokenizer of the run, the same on every rank; saved in the run folder. `given`: of a checkpoint.
+def tokenizer_of(
+    recipe: Recipe, dataset: Dataset | Joined, given: Path | None, ranks: Ranks, *, save: bool = True
+) -> Tokenizer:
+    """The tokenizer of the run, the same on every rank; `save`: in the run folder. `given`: of a checkpoint.
 
     What goes wrong on the first rank is raised on every rank; RequestError for one that does not fit the model.
     """
 
     def made() -> str:
-        tokenizer = Tokenizer.load(given) if given else make_tokenizer(recipe, dataset)
-        tokenizer.save(recipe.run.dir / "tokenizer.json")
+        tokenizer = Tokenizer.load(given) if given else _made(recipe, dataset)
+        if save:
+            tokenizer.save(recipe.run.dir / "tokenizer.json")
         return tokenizer.to_json()
 
     tokenizer = Tokenizer(from_first(made, ranks))
@@ -40,7 +43,7 @@ def tokenizer_of(recipe: Recipe, dataset: Dataset | Joined, given: Path | None, 
     return tokenizer
 
 
-def make_tokenizer(recipe: Recipe, dataset: Dataset | Joined) -> Tokenizer:
+def _made(recipe: Recipe, dataset: Dataset | Joined) -> Tokenizer:
     """The one that the recipe names, or one trained on captions of the data; says how many captions it will cut."""
     limit, context = recipe.model.text.vocab_size, recipe.model.text.context
     captions = _captions(dataset)

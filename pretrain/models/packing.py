@@ -5,27 +5,28 @@
     padded_BS = packing.unpack(packed_N)            # and back; what comes out where there is padding means nothing
 
 Norms and linear layers see [N, D]; attention, which needs to know which tokens are of one caption, sees [B, S, ...].
-Captions of a context of 77 have about 15 tokens, so most of a text tower's work on whole rows is on padding.
+Where captions are much shorter than the context, most of a text tower's work on whole rows would be on padding.
 
 Between the layers a packing travels as one tensor, `places`: where each token stands among the N, and N for padding.
 
-Source: Zeng et al. 2022, "Boosting Distributed Training Performance of the Unpadded BERT Model", section 3.
+Source: Zeng et al. 2022, "Boosting Distributed Training Performance of the Unpadded BERT Model".
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Packing:
-    """Which rows of [B * S] are tokens: `rows`, in their order; and where each row of [B, S] is among them."""
+    """Where each of [B, S] stands among the tokens, and how many these are."""
 
-    places: torch.Tensor  # [B, S]
-    rows: torch.Tensor  # [N]
+    places: torch.Tensor  # [B, S]; N for padding
+    tokens: int  # N
 
     @classmethod
     def of(cls, lengths_B: torch.Tensor, context: int) -> Packing:
@@ -33,19 +34,24 @@ class Packing:
         is_token_BS = torch.arange(context, device=lengths_B.device) < lengths_B[:, None]
         count_BS = is_token_BS.flatten().cumsum(0).view_as(is_token_BS)
         tokens = int(lengths_B.sum())
-        return cls.at(torch.where(is_token_BS, count_BS - 1, tokens), tokens)
+        return cls(torch.where(is_token_BS, count_BS - 1, tokens), tokens)
 
-    @classmethod
-    def at(cls, places_BS: torch.Tensor, tokens: int) -> Packing:
-        """The one that travels as `places`, of so many tokens."""
-        numbers = torch.arange(places_BS.numel(), device=places_BS.device)
-        rows = numbers.new_empty(tokens + 1).index_copy_(0, places_BS.flatten(), numbers)  # the last one is of padding
-        return cls(places_BS, rows[:tokens])
+    @cached_property
+    def rows(self) -> torch.Tensor:
+        """Which of the B * S rows are tokens, in their order: [N]."""
+        numbers = torch.arange(self.places.numel(), device=self.places.device)
+        # the last one is of padding
+        return numbers.new_empty(self.tokens + 1).index_copy_(0, self.places.flatten(), numbers)[:-1]
 
-    @property
+    @cached_property
     def lengths_B(self) -> torch.Tensor:
         """Tokens of each caption."""
-        return (self.places < len(self.rows)).sum(1)
+        return (self.places < self.tokens).sum(1)
+
+    @cached_property
+    def _sources(self) -> torch.Tensor:
+        """The token that each of the B * S rows shows; padding the last one."""
+        return self.places.flatten().clamp(max=self.tokens - 1)
 
     def pack(self, padded_BS: torch.Tensor) -> torch.Tensor:
         """[B, S, ...] -> [N, ...]."""
@@ -54,7 +60,7 @@ class Packing:
 
     def unpack(self, packed_N: torch.Tensor) -> torch.Tensor:
         """[N, ...] -> [B, S, ...]."""
-        padded: torch.Tensor = _Unpack.apply(packed_N, self.places.flatten(), self.rows)
+        padded: torch.Tensor = _Unpack.apply(packed_N, self._sources, self.rows)
         return padded.unflatten(0, self.places.shape)
 
     def last(self, packed_N: torch.Tensor) -> torch.Tensor:
@@ -80,12 +86,12 @@ class _Pack(torch.autograd.Function):
 
 
 class _Unpack(torch.autograd.Function):
-    """As above; padding repeats the last token, and what is done with that is not its gradient."""
+    """As above; what is done with the token that padding shows is not its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, packed_N: torch.Tensor, places: torch.Tensor, rows_N: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, packed_N: torch.Tensor, sources: torch.Tensor, rows_N: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(rows_N)
-        return packed_N.index_select(0, places.clamp(max=len(packed_N) - 1))
+        return packed_N.index_select(0, sources)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:

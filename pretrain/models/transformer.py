@@ -96,17 +96,18 @@ class CoreAttention(torch.nn.Module):
             k_SBHK, v_SBHK = (
                 gather_from_sequence_parallel_region(each, group=self.context_group)[:seen] for each in (k_SBHK, v_SBHK)
             )
-        lengths_B, packing = attention_mask, None
+        packing = None
         if self.batch_first and attention_mask is not None:
-            packing = Packing.at(attention_mask, q_SBHK.shape[1])
-            lengths_B = packing.lengths_B
+            packing = Packing(attention_mask, q_SBHK.shape[1])
             (q_NHK,), (k_NHK,), (v_NHK,) = q_SBHK, k_SBHK, v_SBHK
             q_SBHK = packing.last(q_NHK).unsqueeze(1) if self.pooled else packing.unpack(q_NHK)
             k_SBHK, v_SBHK = packing.unpack(k_NHK), packing.unpack(v_NHK)
         to_BHSK = (0, 2, 1, 3) if self.batch_first else (1, 2, 0, 3)
         q, k, v = (x.permute(to_BHSK) for x in (q_SBHK, k_SBHK, v_SBHK))
         causal = self.causal and not self.pooled
-        lengths_B = None if causal else lengths_B  # with a causal mask no query sees what lies behind it
+        lengths_B = packing.lengths_B if packing else attention_mask
+        if causal:  # no query sees what lies behind it
+            lengths_B = None
         out_BHSK = attention(q, k, v, causal=causal, key_lengths_B=lengths_B, backend=self.backend)
         out_SBHK = out_BHSK.permute((0, 2, 1, 3) if self.batch_first else (2, 0, 1, 3))
         if packing and not self.pooled:
@@ -144,7 +145,7 @@ class PooledLayer(TransformerLayer):
     ) -> tuple[torch.Tensor, None]:
         attended_with_bias = self.self_attention(self.input_layernorm(hidden_states), attention_mask=attention_mask)
         (hidden_ND,) = hidden_states
-        residual = Packing.at(attention_mask, len(hidden_ND)).last(hidden_ND).unsqueeze(1)
+        residual = Packing(attention_mask, len(hidden_ND)).last(hidden_ND).unsqueeze(1)
         with self.bias_dropout_add_exec_handler():
             add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
             return add(attended_with_bias, residual, self.hidden_dropout), None

@@ -193,7 +193,7 @@ def test_a_shard_that_is_gone_is_one_sentence(folder: Path, tmp_path: Path, monk
     try:
         dataset = open_dataset(server.url, Cache(tmp_path / "cache"))
         gone.unlink()
-        with pytest.raises(DataError, match=rf"{gone.name}: bytes \d+ to \d+ could not be read for \d+ s: "):
+        with pytest.raises(DataError, match=rf"{gone.name}: bytes \d+ to \d+ could not be read for 0 s: "):
             read_all(dataset)
         with pytest.raises(DataError, match=rf"{gone.name} is in the index, but there is no such file"):
             open_dataset(server.url, Cache(tmp_path / "cache"))
@@ -437,7 +437,9 @@ def test_a_shard_removed_at_a_random_moment(
 
         all_right(islice(batches, strike))
         s3.remove(shard.file)
-        with pytest.raises(DataError, match=rf"/{shard.file}: bytes \d+ to \d+ could not be read for \d+ s: "):
+        patience = 5 if workers else 0  # what is set here does not reach a worker
+        told = rf"/{shard.file}: bytes \d+ to \d+ could not be read for {patience} s: "
+        with pytest.raises(DataError, match=told):
             all_right(islice(batches, 30))  # those made in advance, and some without that shard
         s3.put(shard.file, (folder / shard.file).read_bytes())
 

@@ -16,7 +16,7 @@ def test_tokens_go_there_and_back(lengths: list[int]) -> None:
     assert torch.equal(packing.last(expected), torch.stack([padded[i, n - 1] for i, n in enumerate(lengths)]))
     for row, whole, length in zip(packing.unpack(expected), padded, lengths, strict=True):
         assert torch.equal(row[:length], whole[:length])
-    travelled = Packing.at(packing.places, len(expected))
+    travelled = Packing(packing.places, len(expected))
     assert torch.equal(travelled.rows, packing.rows)
 
 
