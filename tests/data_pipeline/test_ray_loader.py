@@ -125,7 +125,7 @@ def _actors() -> list[str]:
     return sorted(each["name"] for each in ray.util.list_named_actors(all_namespaces=True))
 
 
-def _eventually(holds: Callable[[], bool], seconds: float = 60) -> None:
+def _eventually(holds: Callable[[], bool], seconds: float = 120) -> None:
     ends = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < ends, "it never came"
@@ -352,9 +352,9 @@ def _read_on(address: str, folder: Path) -> None:
     from data_pipeline.ray_pool import Pool, Times
 
     connect(address)
-    pool = Pool("left", _maker(folder), Order(SAMPLES, SEED), 0, 1, decoders=1, times=Times(lease=4.0))
+    pool = Pool("left", _maker(folder), Order(SAMPLES, SEED), 0, 1, decoders=1, times=Times(lease=10.0))
     pool.pick()
-    time.sleep(6)  # longer than a lease: it is kept alive by reports
+    time.sleep(15)  # longer than a lease: it is kept alive by reports
     pool.pick()
     print("it reads", flush=True)
     time.sleep(600)
@@ -378,7 +378,7 @@ def trained(data: Path, runs: Path, loader: list[str]) -> list[float]:
     command += [f"run.dir={runs}", "train.steps=10", "train.global_batch=8", "train.log_every=1", *small, *loader]
     ended = subprocess.run([*command, "--nproc", "2"], capture_output=True, text=True, timeout=900)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    _eventually(lambda: marked(os.environ[MARK]) == [os.getpid()], 30)
+    _eventually(lambda: marked(os.environ[MARK]) == [os.getpid()])
     lines = [json.loads(line) for line in (runs / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines]
 
@@ -417,8 +417,8 @@ def interrupted(data: Path, runs: Path) -> None:
     rest = running.stderr.read()
     assert running.wait(100) == 130, rest[-3000:]
     assert "to go on: weft train" in rest
-    _eventually(lambda: marked(os.environ[MARK]) == [os.getpid()], 30)
-    _eventually(lambda: shared_memory() <= before, 30)  # another test may use some for a moment
+    _eventually(lambda: marked(os.environ[MARK]) == [os.getpid()])
+    _eventually(lambda: shared_memory() <= before)  # another test may use some for a moment
     assert used, "it should have kept its files there"
     left = {path.name for path in temporary.iterdir()}
     shutil.rmtree(temporary)

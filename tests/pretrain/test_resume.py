@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from ranks import run_ranks
@@ -64,7 +65,7 @@ def losses(run: Path) -> list[tuple[int, float, float]]:
 
 
 def wait_for_steps(run: Path, steps: int, process: subprocess.Popen[str]) -> None:
-    limit = time.monotonic() + 120
+    limit = time.monotonic() + 600
     while len(read_lines(run / "metrics.jsonl")) < steps:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < limit, f"{run} did not reach step {steps}"
@@ -75,28 +76,30 @@ def wait_for_steps(run: Path, steps: int, process: subprocess.Popen[str]) -> Non
 @pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_and_interrupted_runs_go_on_as_if_nothing_had_happened(data: Path, tmp_path: Path, nproc: int) -> None:
     # so that what is saved by a step is known; test_killed.py kills runs that save while they train
-    ranks = ["checkpoint.asynchronous=false", *(["--nproc", str(nproc)] if nproc > 1 else [])]
+    longer = ["checkpoint.asynchronous=false", "checkpoint.every=10", "train.steps=24"]
+    ranks = [*longer, *(["--nproc", str(nproc)] if nproc > 1 else [])]
     process = weft(["train", "quickstart", *overrides(data, tmp_path / "whole"), *ranks])
     assert process.wait(timeout=600) == 0, process.communicate()
     whole = losses(tmp_path / "whole")
-    assert [step for step, _, _ in whole] == list(range(1, STEPS + 1))
+    assert [step for step, _, _ in whole] == list(range(1, 25))
 
     run = tmp_path / "broken"
     command = ["train", "quickstart", *overrides(data, run), *ranks]
     process = weft(command)
-    wait_for_steps(run, random.Random(nproc).randint(6, 8), process)
-    process.kill()  # SIGKILL, after the checkpoint of step 5 and before that of step 10
+    wait_for_steps(run, random.Random(nproc).randint(11, 13), process)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()  # SIGKILL, after the checkpoint of step 10 and before that of step 20
     process.wait()
-    time.sleep(1.0 if nproc > 1 else 0.0)  # its ranks notice that their launcher is gone
-    assert describe(run).step == 5
+    assert psutil.wait_procs(children, timeout=100)[1] == [], "its ranks notice that their launcher is gone"
+    assert describe(run).step == 10
 
     process = weft(command)
-    wait_for_steps(run, 9, process)
+    wait_for_steps(run, 16, process)
     process.send_signal(signal.SIGINT if nproc == 1 else signal.SIGTERM)
     _, told = process.communicate(timeout=300)
     assert process.returncode == (130 if nproc == 1 else 143), told
     stopped = describe(run)
-    assert stopped.step >= 9
+    assert stopped.step >= 16
     assert verify(stopped) == []
     assert f"weft {shlex.join(command)}" in told
 

@@ -91,9 +91,11 @@ def test_a_collective_outlasts_the_watchdog(limit: float) -> None:
 
 # --- ranks that only mark
 
+LIMIT = 3.0
+
 
 def mark(rank: int, world: int, run: Path, cases: list[str]) -> list[str]:
-    """For each case two steps and what it says in rank 1 at step 3, with a limit of one second."""
+    """For each case two steps and what it says in rank 1 at step 3, with a limit of three seconds."""
     import torch
     import torch.distributed as dist
 
@@ -102,21 +104,21 @@ def mark(rank: int, world: int, run: Path, cases: list[str]) -> list[str]:
     from pretrain.watchdog import Watchdog
 
     layout = Layout(world=world, dp=world, tp=1, zero=0, share=1, micro_batch=1)
-    ranks = start_ranks(layout, torch.device("cpu"), collective_timeout(1.0))
+    ranks = start_ranks(layout, torch.device("cpu"), collective_timeout(LIMIT))
     done = []
     for case in cases:
-        with Watchdog(run, ranks, start_step=0, limit=0.0 if case == "off" else 1.0) as watchdog:
+        with Watchdog(run, ranks, start_step=0, limit=0.0 if case == "off" else LIMIT) as watchdog:
             for step in (1, 2, 3):
                 watchdog.phase("data", step)
-                if step == 3 and case == "marks":  # none of which lasts a second
+                if step == 3 and case == "marks":  # none of which lasts that long
                     for _ in range(5):
-                        time.sleep(0.5)
+                        time.sleep(LIMIT / 3)
                         watchdog.phase("data", step)
                 elif step == 3 and case == "slow":
                     watchdog.phase("evaluate", step)
-                    time.sleep(2.5)
+                    time.sleep(2 * LIMIT)
                 elif step == 3 and case == "off":
-                    time.sleep(2.5)
+                    time.sleep(2 * LIMIT)
                 elif step == 3 and case == "hang" and rank == 1:
                     time.sleep(1000)
                 watchdog.phase("forward and backward", step)
