@@ -52,7 +52,7 @@ from torch.autograd.function import once_differentiable
 from kernels import contrastive_squares
 from kernels.collectives import group_named
 from kernels.contrastive_group import EXCHANGES, Columns, columns_of
-from kernels.contrastive_passes import Result, Squares, infonce, sigmoid
+from kernels.contrastive_passes import Result, Squares, infonce, longest_rows, sigmoid
 from kernels.dispatch import AUTO, Choice, choose, chosen_by, no_triton, record, refuse_difference, trial
 from kernels.precision import accumulator_of
 
@@ -210,7 +210,7 @@ def _small_result(
     operation: str, backend: str, x_nD: torch.Tensor, y_nD: torch.Tensor, dtype: torch.dtype
 ) -> list[torch.Tensor]:
     """Loss and gradients with sums in `dtype`, by a process alone."""
-    columns = columns_of(y_nD, len(y_nD), dtype, None, "gather")
+    columns = columns_of(y_nD, len(y_nD), dtype, None, "gather", longest_rows(x_nD, y_nD, dtype))
     scale, bias = (torch.tensor(value, dtype=dtype, device=x_nD.device) for value in (14.0, -4.0))
     if operation == "contrastive_loss":
         result = infonce(_squares_of(backend), x_nD, columns, scale, 0.0, gradients=True)
@@ -242,7 +242,7 @@ def _contrastive_loss(
     """Loss and gradients by x, y, scale and negatives; without `gradients`, empty tensors instead of these."""
     chosen = record(_choose("contrastive_loss", x_nD, products=products, backend=backend))
     with torch.autocast(x_nD.device.type, enabled=False):
-        x_nD, columns = _meeting(x_nD, y_nD, negatives_MD, group_name, exchange, products)
+        x_nD, columns = _meeting(x_nD, y_nD, negatives_MD, group_name, exchange, products, longest=True)
         scale = scale.to(x_nD.device, columns.dtype)
         result = infonce(_squares_of(chosen), x_nD, columns, scale, label_smoothing, gradients)
     dy_nD, dnegatives_MD = _split(result, columns, negatives_MD)
@@ -280,11 +280,14 @@ def _meeting(
     group_name: str,
     exchange: str,
     products: torch.dtype | None,
+    longest: bool = False,
 ) -> tuple[torch.Tensor, Columns]:
-    """The rows, and the columns they are to meet, in the dtype of the products."""
+    """The rows, and the columns they are to meet, in the dtype of the products; whether these know the longest rows."""
     y_cD = y_nD if negatives_MD is None else torch.cat([y_nD, negatives_MD])
     x_nD, y_cD = (each.to(products or x_nD.dtype).contiguous() for each in (x_nD, y_cD))
-    return x_nD, columns_of(y_cD, len(x_nD), accumulator_of(x_nD.dtype), group_named(group_name), exchange)
+    dtype, group = accumulator_of(x_nD.dtype), group_named(group_name)
+    numbers = longest_rows(x_nD, y_cD, dtype) if longest else ()
+    return x_nD, columns_of(y_cD, len(x_nD), dtype, group, exchange, numbers)
 
 
 def _split(result: Result, columns: Columns, negatives_MD: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

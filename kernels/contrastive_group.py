@@ -2,22 +2,27 @@
 
 A rank holds rows x [n, D] and columns y [c, D]: first the n partners of its rows, in order, then extra negatives.
 `Columns.sweep` shows the caller all columns of the group in blocks, and brings what the caller adds up over the columns
-of a block, which are mostly other ranks', back to the rank that holds them.
+of a block, which are mostly other ranks', back to the rank that holds them. `Columns.survey` comes before: it adds up
+numbers of each column for whoever will show that column in a sweep.
 
 Design choices:
 - "gather": one block, the columns of all ranks in rank order. One collective each way; every rank holds all of y.
+  It also has all of a survey, which is small beside y: one sum over ranks, where to bring each number home and to
+  gather again what becomes of it are two collectives.
 - "ring": one block a rank, passed from neighbour to neighbour by batched point-to-point calls. Its sums travel with it
   and are home after a whole turn. A rank holds two blocks, and their sums, however large the group is; the next block
   is under way while the present one is worked on.
 - Ranks may hold different numbers of rows and columns, and none.
+- Numbers travel together where they can: a collective of a few numbers takes as long as one of many thousands.
 
-Axes: n rows of this rank, c columns of this rank, C columns of a block, D embedding size.
+Axes: n rows of this rank, c columns of this rank, C columns of a block, K columns of a survey, D embedding size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -36,41 +41,76 @@ class Block:
     vectors: list[torch.Tensor]  # [C] each, to be read
     sums: list[torch.Tensor]  # [C, ...] each, to be added to in place
 
+    def at_partners(self, values_C: torch.Tensor, values_n: torch.Tensor) -> None:
+        """Write a value of each row to the place of its partner, if that is here."""
+        if self.offset < len(self.y):
+            values_C[self.offset : self.offset + len(values_n)] = values_n
+
 
 class Columns:
-    """Those of a process by itself, and what both exchanges have in common. dtype: that of the sums."""
+    """Those of a process by itself, and what both exchanges have in common. dtype: that of the sums.
+
+    largest [k]: over all ranks, of the k numbers that each of them gives.
+    """
+
+    knows_all = True  # K is all columns of the group, and there is one block; else K is c
 
     def __init__(
-        self, y_cD: torch.Tensor, pairs: int, dtype: torch.dtype, group: dist.ProcessGroup | None = None
+        self,
+        y_cD: torch.Tensor,
+        pairs: int,
+        dtype: torch.dtype,
+        group: dist.ProcessGroup | None = None,
+        numbers: Sequence[torch.Tensor] = (),
     ) -> None:
         self.y_cD, self.pairs, self.dtype, self.group = y_cD, pairs, dtype, group
         self.world, self.rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
-        counts = [[pairs, len(y_cD)]]
+        counts = [(pairs, len(y_cD))]
+        self.largest = torch.stack([*numbers]) if numbers else y_cD.new_empty(0, dtype=dtype)
         if self.world > 1:
-            counts_W2 = torch.empty(self.world, 2, dtype=torch.int64, device=y_cD.device)
-            all_gather(counts_W2, counts_W2.new_tensor(counts), group=group)
-            counts = counts_W2.tolist()
-        self.sizes = [columns for _, columns in counts]
+            told = torch.cat([y_cD.new_tensor(counts[0], dtype=torch.float64), self.largest.double()])
+            everyone = told.new_empty(self.world, len(told))
+            all_gather(everyone, told[None], group=group)
+            counts = [(int(pairs), int(columns)) for pairs, columns in everyone[:, :2].tolist()]
+            self.largest = everyone[:, 2:].amax(0).to(self.largest.dtype)
+        self.counts, self.sizes = counts, [columns for _, columns in counts]
         self.all_pairs, self.all_columns = sum(pairs for pairs, _ in counts), sum(self.sizes)
+        before = sum(self.sizes[: self.rank]) if self.knows_all else 0
+        self.own = slice(before, before + len(y_cD))  # columns of this rank among the K
+        self.own_pairs = slice(before, before + pairs)
+
+    @cached_property
+    def have_rows(self) -> torch.Tensor:
+        """[K]: whether a column is the partner of a row, and no extra negative."""
+        counts = self.counts if self.knows_all else [self.counts[self.rank]]
+        if self.all_pairs == self.all_columns:
+            return self.y_cD.new_ones(sum(columns for _, columns in counts), dtype=torch.bool)
+        kinds = torch.tensor([True, False] * len(counts))
+        sizes = torch.tensor([size for pairs, columns in counts for size in (pairs, columns - pairs)])
+        return kinds.repeat_interleave(sizes).to(self.y_cD.device)
+
+    def survey(self, visit: Callable[[Block], object], logarithms: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Call `visit` with blocks that hold every column of the group once; two sums [K] that it makes.
+
+        logarithms: what is summed is given by its logarithm, begins at -inf, and the visitor uses logaddexp.
+        """
+        both_2C = self._begin((2, len(self.y_cD)), logarithms)
+        visit(Block(self.y_cD, 0, [], list(both_2C)))
+        return both_2C[0], both_2C[1]
 
     def sweep(
         self,
         visit: Callable[[Block], object],
         vectors: Sequence[torch.Tensor] = (),
-        tails: Sequence[Sequence[int]] = ((),),
-        logarithms: bool = False,
+        tails: Sequence[Sequence[int]] = (),
     ) -> list[torch.Tensor]:
-        """Call `visit` with blocks that hold every column of the group once; the sums for the own columns.
-
-        vectors [c]: of the own columns, shown with them. tails: each makes a sum [c, *tail], which begins at 0.
-        logarithms: what is summed is given by its logarithm, begins at -inf, and the visitor uses logaddexp.
-        """
-        sums = [self._begin(len(self.y_cD), tail, logarithms) for tail in tails]
+        """The same with vectors [K], shown with the columns. tails: each makes a sum [c, *tail] of the own columns."""
+        sums = [self._begin((len(self.y_cD), *tail)) for tail in tails]
         visit(Block(self.y_cD, 0, list(vectors), sums))
         return sums
 
-    def _begin(self, columns: int, tail: Sequence[int], logarithms: bool) -> torch.Tensor:
-        return self.y_cD.new_full((columns, *tail), -torch.inf if logarithms else 0.0, dtype=self.dtype)
+    def _begin(self, shape: Sequence[int], logarithms: bool = False) -> torch.Tensor:
+        return self.y_cD.new_full((*shape,), -torch.inf if logarithms else 0.0, dtype=self.dtype)
 
     def add(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over ranks, in place."""
@@ -78,30 +118,34 @@ class Columns:
             dist.all_reduce(values, group=self.group)
         return values
 
-    def maximum(self, values: torch.Tensor) -> torch.Tensor:
-        """The maximum over ranks, in place."""
-        if self.world > 1:
-            dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.group)
-        return values
-
 
 class Gathered(Columns):
-    def __init__(self, y_cD: torch.Tensor, pairs: int, dtype: torch.dtype, group: dist.ProcessGroup) -> None:
-        super().__init__(y_cD, pairs, dtype, group)
-        start = sum(self.sizes[: self.rank])
-        self.own = slice(start, start + len(y_cD))
+    def __init__(
+        self,
+        y_cD: torch.Tensor,
+        pairs: int,
+        dtype: torch.dtype,
+        group: dist.ProcessGroup,
+        numbers: Sequence[torch.Tensor],
+    ) -> None:
+        super().__init__(y_cD, pairs, dtype, group, numbers)
         self.y_CD = self._gather(y_cD)
+
+    def survey(self, visit: Callable[[Block], object], logarithms: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        both_2C = self._begin((2, self.all_columns), logarithms)
+        visit(Block(self.y_CD, self.own.start, [], list(both_2C)))
+        both_2C = self._add_logarithms(both_2C) if logarithms else self.add(both_2C)
+        return both_2C[0], both_2C[1]
 
     def sweep(
         self,
         visit: Callable[[Block], object],
         vectors: Sequence[torch.Tensor] = (),
-        tails: Sequence[Sequence[int]] = ((),),
-        logarithms: bool = False,
+        tails: Sequence[Sequence[int]] = (),
     ) -> list[torch.Tensor]:
-        sums = [self._begin(self.all_columns, tail, logarithms) for tail in tails]
-        visit(Block(self.y_CD, self.own.start, [self._gather(vector_c) for vector_c in vectors], sums))
-        return [self._add_logarithms(each) if logarithms else self._add_up(each) for each in sums]
+        sums = [self._begin((self.all_columns, *tail)) for tail in tails]
+        visit(Block(self.y_CD, self.own.start, list(vectors), sums))
+        return [self._add_up(each) for each in sums]
 
     def _gather(self, own: torch.Tensor) -> torch.Tensor:
         """[C, ...]: the rows of all ranks, in rank order."""
@@ -123,21 +167,32 @@ class Gathered(Columns):
         reduce_scatter(own, sums, group=self.group)
         return own
 
-    def _add_logarithms(self, logarithms_C: torch.Tensor) -> torch.Tensor:
+    def _add_logarithms(self, logarithms: torch.Tensor) -> torch.Tensor:
+        highest = logarithms.clone()
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=self.group)
         # a column of -inf, which has no wrong answers, must not become -inf - (-inf) = nan
-        highest_C = self.maximum(logarithms_C.clone()).clamp(min=torch.finfo(self.dtype).min)
-        return self._add_up((logarithms_C - highest_C).exp_()).log_() + highest_C[self.own]
+        highest.clamp_(min=torch.finfo(self.dtype).min)
+        return self.add((logarithms - highest).exp_()).log_() + highest
 
 
 class Ring(Columns):
+    knows_all = False
+
+    def survey(self, visit: Callable[[Block], object], logarithms: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        first, second = self._turn(visit, [], [self._begin((len(self.y_cD),), logarithms) for _ in range(2)])
+        return first, second
+
     def sweep(
         self,
         visit: Callable[[Block], object],
         vectors: Sequence[torch.Tensor] = (),
-        tails: Sequence[Sequence[int]] = ((),),
-        logarithms: bool = False,
+        tails: Sequence[Sequence[int]] = (),
     ) -> list[torch.Tensor]:
-        sums = [self._begin(len(self.y_cD), tail, logarithms) for tail in tails]
+        return self._turn(visit, vectors, [self._begin((len(self.y_cD), *tail)) for tail in tails])
+
+    def _turn(
+        self, visit: Callable[[Block], object], vectors: Sequence[torch.Tensor], sums: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
         shown = [self.y_cD.contiguous(), *vectors]
         for step in range(self.world):
             owner_of_next = (self.rank - step - 1) % self.world
@@ -174,9 +229,17 @@ class _Passing:
 
 
 def columns_of(
-    y_cD: torch.Tensor, pairs: int, dtype: torch.dtype, group: dist.ProcessGroup | None, exchange: str
+    y_cD: torch.Tensor,
+    pairs: int,
+    dtype: torch.dtype,
+    group: dist.ProcessGroup | None,
+    exchange: str,
+    numbers: Sequence[torch.Tensor] = (),
 ) -> Columns:
-    """The columns of this rank, of which the first `pairs` are its rows' partners, among those of the group."""
+    """The columns of this rank, of which the first `pairs` are its rows' partners, among those of the group.
+
+    numbers: scalars of this rank, of which `largest` has the largest over the group.
+    """
     if group is None or dist.get_world_size(group) == 1:
-        return Columns(y_cD, pairs, dtype)
-    return (Ring if exchange == "ring" else Gathered)(y_cD, pairs, dtype, group)
+        return Columns(y_cD, pairs, dtype, None, numbers)
+    return (Ring if exchange == "ring" else Gathered)(y_cD, pairs, dtype, group, numbers)

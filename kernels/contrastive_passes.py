@@ -3,7 +3,8 @@
 Formulas and conventions are those of kernels/contrastive.py. `Squares` is what a backend brings; columns and their
 exchange over a group are those of kernels/contrastive_group.py.
 
-Axes: n rows of this rank, c columns of this rank (n of them true partners), C columns of a block, D embedding size.
+Axes: n rows of this rank, c columns of this rank (n of them true partners), C columns of a block, K columns of a
+survey, D embedding size.
 """
 
 from __future__ import annotations
@@ -91,20 +92,25 @@ class _Fixed:
             row_wrong_n.add_(
                 squares.sums(x_nD, block.y, scale, reference, block.offset, own_n, column_wrong_C=block.sums[0])
             )
+            true_n = own_n.exp()
+            if columns.knows_all:  # the rows have met all columns: their partners tell all ranks of those out of range
+                true_n.masked_fill_(_out_of_range(row_wrong_n + true_n), torch.nan)
+            block.at_partners(block.sums[1], true_n)
 
-        column_wrong_n = columns.sweep(visit)[0][: len(x_nD)]
-        self.row_sum, self.column_sum = row_wrong_n + own_n.exp(), column_wrong_n + own_n.exp()
+        wrong_K, true_K = columns.survey(visit)
+        self.row_sum, self.column_sum = row_wrong_n + own_n.exp(), wrong_K + true_K
         self.own = own_n + reference
-        self.row_odds, self.column_odds = row_wrong_n.log() - own_n, column_wrong_n.log() - own_n
+        self.row_odds, self.column_odds = row_wrong_n.log() - own_n, wrong_K[columns.own_pairs].log() - own_n
 
     def in_range(self) -> bool:
         """Whether no sum left the range of fp32; the same on every rank."""
-        sums = torch.cat([self.row_sum, self.column_sum])
-        outside = ~((sums > SMALLEST_SUM) & (sums < LARGEST_SUM))
-        return bool(self.columns.add(outside.sum()) == 0)
+        outside = (_out_of_range(self.column_sum) & self.columns.have_rows).sum()
+        if not self.columns.knows_all:
+            outside = self.columns.add(outside + _out_of_range(self.row_sum).sum())
+        return bool(outside == 0)
 
     def gradients(self, own_gradient_n: torch.Tensor, dx_nD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """dy [c, D] and the gradient of scale, both without the factors; adds to dx."""
+        """dy [c, D] and this rank's part of the gradient of scale, both without the factors; adds to dx."""
         row_inverse_n = 1 / self.row_sum
 
         def of_block(block: Block) -> torch.Tensor:
@@ -124,6 +130,10 @@ class _Fixed:
         return _sweep_gradients(self.columns, 1 / self.column_sum, 0.0, dx_nD, of_block)
 
 
+def _out_of_range(sums: torch.Tensor) -> torch.Tensor:
+    return ~((sums > SMALLEST_SUM) & (sums < LARGEST_SUM))
+
+
 class _Exact:
     """The same from true log-sum-exps, right for any logits, in plain torch: two exponentials an element and pass."""
 
@@ -134,10 +144,11 @@ class _Exact:
         def visit(block: Block) -> None:
             of_block_n = contrastive_squares.exact_sums(x_nD, block.y, scale, block.offset, own_n, block.sums[0])
             torch.logaddexp(row_wrong_n, of_block_n, out=row_wrong_n)
+            block.at_partners(block.sums[1], own_n)
 
-        column_wrong_n = columns.sweep(visit, logarithms=True)[0][: len(x_nD)]
-        self.row_lse, self.column_lse = (torch.logaddexp(each, own_n) for each in (row_wrong_n, column_wrong_n))
-        self.own, self.row_odds, self.column_odds = own_n, row_wrong_n - own_n, column_wrong_n - own_n
+        wrong_K, true_K = columns.survey(visit, logarithms=True)
+        self.row_lse, self.column_lse = torch.logaddexp(row_wrong_n, own_n), torch.logaddexp(wrong_K, true_K)
+        self.own, self.row_odds, self.column_odds = own_n, row_wrong_n - own_n, wrong_K[columns.own_pairs] - own_n
 
     def gradients(self, own_gradient_n: torch.Tensor, dx_nD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         def of_block(block: Block) -> torch.Tensor:
@@ -158,34 +169,35 @@ class _Exact:
 
 def _sweep_gradients(
     columns: Columns,
-    partners_n: torch.Tensor,
+    vector_K: torch.Tensor,
     negatives: float,
     dx_nD: torch.Tensor,
     of_block: Callable[[Block], torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dy [c, D] and the gradient of scale, where `of_block` gives a block's part of that and adds to dx and sums[0].
+    """dy [c, D] and this rank's part of the gradient of scale, which `of_block` gives for a block; it adds to dx and
+    sums[0].
 
-    vectors[0] has `partners` of the columns that have a partner, and `negatives`, which makes their column's softmax 0,
+    vectors[0] has `vector` of the columns that have a partner, and `negatives`, which makes their column's softmax 0,
     of the extra ones, which are wrong answers for rows only.
     """
-    vector_c = torch.nn.functional.pad(partners_n, (0, len(columns.y_cD) - columns.pairs), value=negatives)
+    shown_K = vector_K.where(columns.have_rows, negatives)
     dscale = torch.zeros((), dtype=torch.float64, device=dx_nD.device)
-    (dy_cD,) = columns.sweep(lambda block: dscale.add_(of_block(block)), [vector_c], [dx_nD.shape[1:]])
+    (dy_cD,) = columns.sweep(lambda block: dscale.add_(of_block(block)), [shown_K], [dx_nD.shape[1:]])
     return dy_cD, dscale
 
 
 def _sums(squares: Squares, x_nD: torch.Tensor, columns: Columns, scale: torch.Tensor) -> _Fixed | _Exact:
     """Row and column sums in one pass; in a second, exact one where a sum leaves the range of fp32."""
-    longest = columns.maximum(torch.stack([_longest(each, scale.dtype) for each in (x_nD, columns.y_cD)]))
-    reference = (scale.abs() * longest.prod() - LARGEST_EXPONENT).clamp(min=0)
+    reference = (scale.abs() * columns.largest.prod() - LARGEST_EXPONENT).clamp(min=0)
     fixed = _Fixed(squares, x_nD, columns, scale, reference)
     return fixed if fixed.in_range() else _Exact(x_nD, columns, scale)
 
 
-def _longest(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The largest norm of a row; 0 without rows."""
-    lengths = torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
-    return lengths.max() if len(rows) else lengths.sum()
+def longest_rows(x_nD: torch.Tensor, y_cD: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest norm of a row of each; 0 without rows. `infonce` asks its columns for the `largest` of the group."""
+    lengths = [torch.linalg.vector_norm(each, dim=1, dtype=dtype) for each in (x_nD, y_cD)]
+    longest_x, longest_y = (each.max() if len(each) else each.sum() for each in lengths)
+    return longest_x, longest_y
 
 
 def infonce(
@@ -196,26 +208,28 @@ def infonce(
     label_smoothing: float,
     gradients: bool,
 ) -> Result:
-    """InfoNCE; scale in the dtype of the sums. The mean over no pairs at all is nan."""
+    """InfoNCE; scale in the dtype of the sums, columns that know the `longest_rows`. The mean over no pairs is nan."""
     sums = _sums(squares, x_nD, columns, scale)
     pairs = columns.all_pairs or torch.nan
     losses_n = (_softplus(sums.row_odds) + _softplus(sums.column_odds)) / 2 + label_smoothing * sums.own
-    loss = columns.add(losses_n.sum() / pairs)
-    uniform = _Uniform(x_nD, columns, scale) if label_smoothing else None
-    if uniform is not None:
-        loss -= label_smoothing * uniform.mean
-    if not gradients:
-        return Result(loss)
-    own_gradient_n = 2 * label_smoothing - sums.row_odds.sigmoid() - sums.column_odds.sigmoid()
-    dx_nD = scale.new_zeros(x_nD.shape)
-    dy_cD, dscale = sums.gradients(own_gradient_n, dx_nD)
-    dscale = columns.add(dscale) / (2 * pairs)
-    for each in (dx_nD, dy_cD):
-        each.mul_(scale * (columns.world / (2 * pairs)))
-    if uniform is not None:
-        uniform.add_gradients(-label_smoothing, dx_nD, dy_cD)
-        dscale -= label_smoothing * uniform.mean_product
-    return Result(loss, dx_nD, dy_cD, dscale.to(scale.dtype))
+    totals = torch.zeros(2, dtype=torch.float64, device=x_nD.device)  # of the loss, and of the gradient of scale
+    totals[0] = losses_n.sum()
+    dx_nD, dy_cD = None, None
+    if gradients:
+        own_gradient_n = 2 * label_smoothing - sums.row_odds.sigmoid() - sums.column_odds.sigmoid()
+        dx_nD = scale.new_zeros(x_nD.shape)
+        dy_cD, dscale = sums.gradients(own_gradient_n, dx_nD)
+        totals[1] = dscale / 2
+        for each in (dx_nD, dy_cD):
+            each.mul_(scale * (columns.world / (2 * pairs)))
+    totals = columns.add(totals) / pairs
+    if label_smoothing:
+        uniform = _Uniform(x_nD, columns, scale)
+        totals -= label_smoothing * torch.stack([uniform.mean, uniform.mean_product])
+        if dx_nD is not None and dy_cD is not None:
+            uniform.add_gradients(-label_smoothing, dx_nD, dy_cD)
+    loss, dscale = totals.to(scale.dtype).unbind()
+    return Result(loss.clone(), dx_nD, dy_cD, dscale.clone() if gradients else None)
 
 
 def _softplus(values: torch.Tensor) -> torch.Tensor:
@@ -234,8 +248,9 @@ class _Uniform:
         self.pairs = columns.all_pairs or torch.nan
         self.weights_c = scale.new_full((len(columns.y_cD),), 0.5 / (columns.all_columns or torch.nan))
         self.weights_c[: columns.pairs] += 0.5 / self.pairs
-        self.x_mean_D = columns.add(x_nD.to(scale.dtype).sum(0)) / self.pairs
-        self.y_mean_D = columns.add(self.weights_c @ columns.y_cD.to(scale.dtype))
+        x_sum_D, y_mean_D = x_nD.to(scale.dtype).sum(0), self.weights_c @ columns.y_cD.to(scale.dtype)
+        x_sum_D, self.y_mean_D = columns.add(torch.stack([x_sum_D, y_mean_D]))
+        self.x_mean_D = x_sum_D / self.pairs
         self.mean_product = self.x_mean_D @ self.y_mean_D
         self.mean = scale * self.mean_product
 

@@ -117,6 +117,7 @@ def on_rank(rank: int, world: int) -> dict[str, Any]:
         found["half"] = half_on_rank(rank, world)
     if world == 4:
         found["held"] = held_on_rank(rank)
+        found["collectives"] = collectives_on_rank(rank)
     return found | {"cases": cases_on_rank(rank, world)}
 
 
@@ -319,6 +320,24 @@ def test_what_is_not_a_number_on_one_rank_is_seen_by_all() -> None:
     for found in on_ranks(2):
         assert len(found["broken"]) == 8
         assert not any(map(math.isfinite, found["broken"]))
+
+
+def collectives_on_rank(rank: int) -> dict[str, int]:
+    """How many there are in a loss with its gradients, by gathering."""
+    found = {}
+    for case in (CASES[0], CASES[2], CASES[8]):
+        own = [share(each, case.rows, [0, 1, 2, 3], rank) for each in batch(case, [0, 1, 2, 3])]
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            numbers(case, own, public(case), group=dist.group.WORLD, exchange="gather")
+        events = [event.name for event in profiler.events() or []]
+        found[f"{case.loss} {case.smoothing}"] = sum(name.startswith("c10d::") for name in events)
+    return found
+
+
+def test_few_collectives_make_a_loss() -> None:
+    """Sizes, columns, sums of columns (InfoNCE), gradients of columns, totals; one more for smoothed labels."""
+    for found in on_ranks(4):
+        assert found["collectives"] == {"contrastive 0.0": 5, "contrastive 0.1": 6, "sigmoid 0.0": 4}
 
 
 def half_on_rank(rank: int, world: int) -> list[tuple[Numbers, Numbers]]:
