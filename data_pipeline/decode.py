@@ -25,7 +25,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, first_bytes
 from data_pipeline.exif import ORIENTATION, UPRIGHT, jpeg_orientation
 
 MAX_PIXELS = 64e6
@@ -62,7 +62,7 @@ def decode_and_remark(data: bytes, *, max_pixels: float = MAX_PIXELS) -> tuple[n
         return _decode_with_pillow(data, "PNG", max_pixels), ""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return _decode_with_pillow(data, "WEBP", max_pixels), ""
-    raise DataError(f"not a JPEG, PNG or WebP image ({len(data)} bytes that start with {data[:8]!r})")
+    raise DataError(f"not a JPEG, PNG or WebP image ({len(data)} bytes that start with {first_bytes(data)})")
 
 
 def image_size(data: bytes) -> tuple[int, int] | None:

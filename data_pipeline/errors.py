@@ -30,6 +30,14 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
+def first_bytes(data: bytes, most: int = 8) -> str:
+    """How data begins, in words: as text where it is plain text, else as hexadecimal numbers."""
+    head = data[:most]
+    if not head:
+        return "nothing"
+    return repr(head.decode()) if head.isascii() and head.decode().isprintable() else f"the bytes {head.hex(' ')}"
+
+
 def printable(text: str) -> str:
     """The text with what could move a terminal's cursor or break a line (control characters) as escapes."""
     if text.isprintable():

@@ -45,7 +45,7 @@ from data_pipeline.index import INDEX_FILE, Index, ShardEntry
 from data_pipeline.parquet_columns import Columns, check_columns, class_names, find_columns, is_json
 from data_pipeline.remote import Cache, RemoteFiles, is_url
 from data_pipeline.remote_file import RemotePath, find_remote
-from data_pipeline.sample import Sample
+from data_pipeline.sample import Sample, trimmed
 
 AnyPath = Path | RemotePath
 EXTENSIONS = (".parquet", ".pq")
@@ -386,7 +386,7 @@ def _sound_field(data: bytes) -> str:
 def _captions(cell: Any) -> list[str]:
     """The captions in a cell, without those of white space."""
     texts = cell if isinstance(cell, list) else [cell]
-    return [text.strip() for text in texts if isinstance(text, str) and text.strip()]
+    return [trimmed(text) for text in texts if isinstance(text, str) and trimmed(text)]
 
 
 def _object(values: dict[str, Any]) -> dict[str, Any]:

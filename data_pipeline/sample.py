@@ -22,6 +22,9 @@ from data_pipeline.errors import DataError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 AUDIO_EXTENSIONS = ("flac", "wav", "ogg")
+MARKS_OF_OTHERS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # no UTF-8 begins with them
+# What may stand around a text: white space, and the mark that some editors put before one
+AROUND = "".join(letter for letter in map(chr, range(0x3001)) if letter.isspace()) + "\ufeff"
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,9 @@ class Sample:
         if captions:
             if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
                 raise DataError(f"the json field of sample {self.key!r} has captions that are not a list of texts")
-            yield "json", [_storable(caption, self.key).strip() for caption in captions]
+            yield "json", [trimmed(_storable(caption, self.key)) for caption in captions]
         if "txt" in self.fields:
-            yield "txt", [_utf8(self.fields["txt"], self.key).strip()]
+            yield "txt", [trimmed(_utf8(self.fields["txt"], self.key))]
 
     def questions(self) -> list[tuple[str, str]]:
         """Every open question with its answer, the first being the one to evaluate with; [] when there is none.
@@ -90,12 +93,12 @@ class Sample:
         if not all(isinstance(text, str) for pair in pairs for text in pair):
             raise DataError(f"the json field of sample {self.key!r} has a question or an answer that is not text")
         pairs = [(_storable(question, self.key), _storable(answer, self.key)) for question, answer in pairs]
-        return [pair for pair in pairs if all(text.strip() for text in pair)]
+        return [pair for pair in pairs if all(map(trimmed, pair))]
 
     def label(self) -> str | None:
         """The class name in the json field; None when there is none."""
         label = self.metadata().get("label")
-        return None if label is None else _storable(str(label), self.key).strip() or None
+        return None if label is None else trimmed(_storable(str(label), self.key)) or None
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,11 @@ class Skipped:
 
     source: str
     reason: str
+
+
+def trimmed(text: str) -> str:
+    """The text without white space around it, and without the mark (U+FEFF) that some editors put before a text."""
+    return text.strip(AROUND)
 
 
 def _storable(text: str, key: str) -> str:
@@ -116,11 +124,11 @@ def _storable(text: str, key: str) -> str:
 
 
 def _utf8(data: bytes, key: str) -> str:
-    """Text from bytes, without the mark that some editors put before it; DataError when they are not UTF-8."""
+    """Text from bytes; DataError when they are not UTF-8."""
     try:
-        return data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):  # never that of UTF-8
+        if data.startswith(MARKS_OF_OTHERS):
             what = f"the txt field of sample {key!r} is not UTF-8 but UTF-16 or UTF-32, by its first bytes"
             raise DataError(f"{what}: save it as UTF-8") from error
         raise DataError(f"the txt field of sample {key!r} is not UTF-8 ({error})") from error

@@ -34,7 +34,7 @@ from scipy.signal import resample_poly
 from scipy.signal.windows import hann
 from scipy.sparse import csr_array
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, first_bytes
 
 MAX_SAMPLES = 64e6  # over all channels: 22 minutes at 48 kHz, 256 MB decoded
 MAX_CHANNELS = 32
@@ -176,7 +176,7 @@ def _kind_of(data: bytes) -> str:
         return "WAV"
     if data[:4] == b"OggS":
         return "OGG"
-    raise DataError(f"not a FLAC, WAV or OGG sound ({len(data)} bytes that start with {data[:8]!r})")
+    raise DataError(f"not a FLAC, WAV or OGG sound ({len(data)} bytes that start with {first_bytes(data)})")
 
 
 def _refuse_beyond_limits(rate: int, channels: int, length: int, max_samples: float) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from data_pipeline.errors import DataError
+from data_pipeline.sample import trimmed
 
 Value = TypeVar("Value")
 
@@ -197,7 +198,7 @@ def csv_reason(error: csv.Error) -> str:
 
 def clean(text: str) -> str:
     """The text without blanks around it; half characters, which JSON can spell and no encoder takes, become "?"."""
-    return text.encode("utf-8", "replace").decode("utf-8").strip()
+    return trimmed(text.encode("utf-8", "replace").decode("utf-8"))
 
 
 def _member(decoder: json.JSONDecoder, text: str, place: int) -> tuple[str | None, Any, int] | None:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 def choose_test(captions: Sequence[tuple[str, ...]], test_share: float, seed: int) -> set[int]:
     """Which samples to hold out, by number: about `test_share` of them, whole groups of shared captions at a time.
 
-    At least one group is held out and at least one is kept when `test_share` > 0. Raises ValueError when all samples
+    At least one group is held out and at least one is kept when `test_share` > 0; of eight samples or more, at least the
+    two that an evaluation needs, where groups allow. Raises ValueError when all samples
     are one group.
     """
     refuse_share(test_share)
@@ -23,7 +24,7 @@ def choose_test(captions: Sequence[tuple[str, ...]], test_share: float, seed: in
             "give a test share of 0, or more of them"
         )
     drawn = sorted(groups, key=lambda caption: _place(seed, caption))
-    goal = round(test_share * len(captions))
+    goal = max(round(test_share * len(captions)), min(2, len(captions) // 4))
     held_out: list[int] = []
     for caption in drawn[:-1]:  # the last stays for training, whatever the share
         if len(held_out) + len(groups[caption]) <= goal:
@@ -34,6 +35,8 @@ def choose_test(captions: Sequence[tuple[str, ...]], test_share: float, seed: in
 def choose_of_classes(classes: Sequence[str], names: Sequence[str], test_share: float, seed: int) -> set[int]:
     """Which samples to hold out, by number: `test_share` of each class, at least one where it has two or more.
 
+    Of the only class at least two, which an evaluation needs, where it has eight.
+
     Raises ValueError when no class has two samples.
     """
     refuse_share(test_share)
@@ -43,9 +46,10 @@ def choose_of_classes(classes: Sequence[str], names: Sequence[str], test_share: 
     for number, label in enumerate(classes):
         members.setdefault(label, []).append(number)
     held_out: set[int] = set()
+    least = 2 if len(members) == 1 and len(classes) >= 8 else 1
     for numbers in members.values():
         drawn = sorted(numbers, key=lambda number: _place(seed, names[number]))
-        held_out.update(drawn[: min(max(1, round(test_share * len(drawn))), len(drawn) - 1)])
+        held_out.update(drawn[: min(max(least, round(test_share * len(drawn))), len(drawn) - 1)])
     if not held_out:
         raise ValueError(
             f"each of the {len(members)} classes has one sample, so none can be held out: give a test share of 0"

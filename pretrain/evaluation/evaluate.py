@@ -83,7 +83,7 @@ def evaluate(
             _retrieval(found, image_NE, items, dataset, embed, ranks)
         if not found.scores and (tasks is None or len(items) < 2):
             told = unusable[-1] if unusable else None
-            why = f"; {told.key!r} in {told.shard}: {told.reason}" if told else ""
+            why = f" ({told.key!r} in {told.shard} is left out: {told.reason})" if told else ""
             count = f"{len(items)} usable sample{'s' * (len(items) != 1)}"
             raise WeftError(f"{dataset.folder} has {count}, and retrieval needs 2 or more{why}")
         bad = int((~image_NE.isfinite().all(1)).sum())

@@ -89,7 +89,7 @@ def require_usable(dataset: Dataset, limit: int, captioner: bool) -> None:
         found += 1
         if found == needed:
             return
-    why = f"; {last.key!r} in {last.shard}: {last.reason}" if last else ""
+    why = f" ({last.key!r} in {last.shard} is left out: {last.reason})" if last else ""
     raise RequestError(
         f"the test set {dataset.folder} has {found} usable {'sample' if found == 1 else 'samples'}, and an evaluation "
         f"needs {needed} or more{why}: give another data.test, or data.test=null for none"

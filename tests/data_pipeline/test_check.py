@@ -492,6 +492,13 @@ def test_a_caption_of_which_the_end_was_not_written(tmp_path: Path) -> None:
     assert error.reason == "the txt field ends in 9 zero bytes: its end was never written?"
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-be"])
+def test_a_caption_in_another_encoding_is_told_as_that_alone(tmp_path: Path, encoding: str) -> None:
+    data = "\ufeffa capt".encode(encoding)
+    (error,) = check(dataset(tmp_path, good(0) | {"a.png": picture(), "a.txt": data})).errors
+    assert error.reason.endswith("is not UTF-8 but UTF-16 or UTF-32, by its first bytes: save it as UTF-8")
+
+
 def test_a_link_to_nothing_and_files_in_no_sample(tmp_path: Path) -> None:
     dataset(tmp_path, [*good(0).items(), ("README", b"r"), special("tree", tarfile.SYMTYPE, "x")], indexed=False)
     (tmp_path / "t.tar").symlink_to(tmp_path / "nowhere")

@@ -61,7 +61,7 @@ def test_captions_of_the_json_field_come_before_those_of_txt() -> None:
     assert with_json({"other": 1}, txt=b"three").captions() == ("three",)
 
 
-@pytest.mark.parametrize("blank", ["", " ", "\n\t", "\u00a0\u2003"])
+@pytest.mark.parametrize("blank", ["", " ", "\n\t", "\u00a0\u2003", "\ufeff", " \ufeff\ufeff\n"])
 def test_a_blank_caption_is_none_and_the_next_place_is_looked_at(blank: str) -> None:
     assert with_json({"captions": [blank, blank]}, txt=b"good").captions() == ("good",)
     assert with_json({"captions": [blank, " good "]}, txt=b"other").captions() == ("good",)
@@ -75,6 +75,11 @@ def test_a_blank_caption_is_none_and_the_next_place_is_looked_at(blank: str) -> 
 def test_a_byte_order_mark_is_no_part_of_a_caption() -> None:
     assert Sample("k", {"txt": b"\xef\xbb\xbfa cat"}).captions() == ("a cat",)
     assert Sample("k", {"txt": b"\xef\xbb\xbf\r\n"}).captions() == ()
+    assert Sample("k", {"txt": 2 * b"\xef\xbb\xbf" + b" a cat"}).captions() == ("a cat",)
+    marked = {"captions": ["\ufeffa cat"], "label": "\ufeff cat", "qa": [{"question": "\ufeff", "answer": "a"}]}
+    assert with_json(marked).captions() == ("a cat",)
+    assert with_json(marked).label() == "cat"
+    assert with_json(marked).questions() == []
     for encoding in ("utf-16", "utf-32"):
         with pytest.raises(DataError, match="the txt field of sample 'k' is not UTF-8 but UTF-16"):
             Sample("k", {"txt": "a cat".encode(encoding)}).captions()

@@ -92,6 +92,12 @@ def test_the_smallest_group_is_held_out_when_none_fits():
     assert choose_test([("a",)] * 50 + [("b",)] * 30 + [("c",)] * 40, 0.1, 0) == set(range(50, 80))
 
 
+@pytest.mark.parametrize(("samples", "held_out"), [(2, 1), (7, 1), (8, 2), (14, 2), (29, 3)])
+def test_a_small_set_holds_out_the_two_that_an_evaluation_needs(samples, held_out):
+    assert len(choose_test([(f"caption {number}",) for number in range(samples)], 0.1, 0)) == held_out
+    assert len(choose_of_classes(["cat"] * samples, [str(number) for number in range(samples)], 0.1, 0)) == held_out
+
+
 def test_one_caption_for_all_cannot_be_split():
     with pytest.raises(ValueError, match="test share of 0"):
         choose_test([("a cat",), ("A cat!",)], 0.1, 0)
