@@ -29,6 +29,7 @@ from data_pipeline.folder import gap_in, hint_of_pattern, ignored_in, remark_of,
 from data_pipeline.parallel import run_jobs
 from data_pipeline.sample import modalities_of
 from data_pipeline.scan import LeftOut, Pace, scan_tar, sentences
+from data_pipeline.strict_json import read_json
 from data_pipeline.table import ShardTable, read_stored, write_table
 
 INDEX_FILE = "index.json"
@@ -132,8 +133,8 @@ class Index:
         try:
             if path.stat().st_size > LARGEST_INDEX:
                 raise ValueError(f"it has {path.stat().st_size} bytes")
-            tree: Any = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
+            tree: Any = read_json(path.read_text(encoding="utf-8"))
+        except ValueError as error:
             raise DataError(f"{path} is no index of ours ({error}): {_rebuild(folder)}") from error
         if not isinstance(tree, dict) or tree.get("format") != FORMAT:
             raise DataError(
@@ -148,7 +149,7 @@ class Index:
             shards = tuple(ShardEntry.from_tree(shard) for shard in tree["shards"])
             index = cls(shards, tables=_count(tree.get("tables", 1), TABLES))
             _refuse_contradictions(index, tree)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             words = f"it has no {error}" if isinstance(error, KeyError) else str(error)
             raise DataError(f"{path} is no index of ours ({words}): {_rebuild(folder)}") from error
         return index

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data_pipeline.process import started
+from data_pipeline.strict_json import read_json
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF, errno.EPERM)
 PAUSE = 0.05  # seconds between two tries
@@ -108,7 +109,7 @@ def _who() -> dict[str, object]:
 
 def _read(path: Path) -> dict[str, object]:
     try:
-        owner = json.loads(path.read_text(encoding="utf-8"))
+        owner = read_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return owner if isinstance(owner, dict) else {}

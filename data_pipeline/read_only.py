@@ -19,6 +19,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.files import LocalFiles
 from data_pipeline.folder import is_shard
 from data_pipeline.index import INDEX_FILE, Index, load_index, written_whole
+from data_pipeline.strict_json import read_json
 
 SEEN_FILE = "seen.json"
 CANNOT_WRITE = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -70,6 +71,6 @@ def _link(real: Path, mirror: Path) -> dict[str, list[int]]:
 
 def _read(path: Path) -> object:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None

@@ -43,6 +43,7 @@ from data_pipeline.index import (
     written_whole,
 )
 from data_pipeline.listing import Known, as_url, encoded, is_refusal, known_of, names_in_page, status_of
+from data_pipeline.strict_json import read_json
 
 PIECE = 1 << 20  # bytes: a few samples, and as long on the way as a request needs to be answered
 PATIENCE = 120.0  # seconds
@@ -112,7 +113,7 @@ def _first_sight(files: RemoteFiles) -> Index:
     told = {name: list(files.known[name] or ()) for name in names}
     try:
         known = Index.load(files.folder)
-        if json.loads((files.folder / MARKS_FILE).read_text(encoding="utf-8")) == told and [
+        if read_json((files.folder / MARKS_FILE).read_text(encoding="utf-8")) == told and [
             (shard.file, shard.bytes) for shard in known.shards
         ] == [(name, told[name][0] or shard.bytes) for name, shard in zip(names, known.shards, strict=True)]:
             return replace(known, ignored=ignored_names(listed))

@@ -42,6 +42,7 @@ from data_pipeline.index import (
 from data_pipeline.lock import held
 from data_pipeline.parallel import run_jobs, stopping
 from data_pipeline.sample import Sample, Skipped
+from data_pipeline.strict_json import read_json
 from data_pipeline.tar import refusal_of_name, split_name
 
 SAMPLES_PER_SHARD = 1024
@@ -141,7 +142,7 @@ def write_shards(
 def read_origin(folder: Path) -> Origin | None:
     """What the shards in `folder` were made from; None when that was not written down."""
     try:
-        tree = json.loads((folder / ORIGIN_FILE).read_text(encoding="utf-8"))
+        tree = read_json((folder / ORIGIN_FILE).read_text(encoding="utf-8"))
         return Origin(dict(tree["request"]), str(tree["fingerprint"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -151,7 +152,7 @@ def _read_finished(folder: Path, origin: Origin) -> Written | None:
     """What was written when `folder` was finished from `origin`; None when it was not."""
     if read_origin(folder) != origin:
         return None
-    tree = json.loads((folder / ORIGIN_FILE).read_text(encoding="utf-8"))
+    tree = read_json((folder / ORIGIN_FILE).read_text(encoding="utf-8"))
     skipped = tuple(Skipped(skip["source"], skip["reason"]) for skip in tree["skipped"])
     return Written(load_index(folder), skipped, already=True)
 
@@ -275,7 +276,7 @@ def _write_note(path: Path, made: Made) -> None:
 def _read_note(path: Path) -> Made | None:
     """What came of the shard at `path`; None when it is not finished, or not what was noted (a power cut)."""
     try:
-        tree = json.loads(path.with_suffix(".done").read_text(encoding="utf-8"))
+        tree = read_json(path.with_suffix(".done").read_text(encoding="utf-8"))
         skipped = tuple(Skipped(skip["source"], skip["reason"]) for skip in tree["skipped"])
         if tree["entry"] is None:
             return Made(None, skipped)

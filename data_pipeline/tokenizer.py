@@ -15,7 +15,6 @@ Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Uni
 
 from __future__ import annotations
 
-import json
 import os
 import uuid
 from collections.abc import Iterable, Sequence
@@ -23,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from data_pipeline.strict_json import read_json
 
 # Loader workers are forked from a process that has trained or used a tokenizer. Threads of `tokenizers` do not
 # survive a fork, and it would say so in every worker: parallelism is the workers' business. A user's own
@@ -160,8 +161,8 @@ def _well_formed(text: str) -> str:
 def _refuse_foreign(definition: str) -> None:
     """ValueError unless the JSON text is a byte-level BPE with our four markers at ids 0 to 3."""
     try:
-        tree: Any = json.loads(definition)
-    except json.JSONDecodeError as error:
+        tree: Any = read_json(definition)
+    except ValueError as error:
         raise ValueError(f"it does not hold JSON ({error})") from error
     model = tree.get("model") if isinstance(tree, dict) else None
     if not isinstance(model, dict) or model.get("type") != "BPE":

@@ -16,7 +16,6 @@ It is a check against accidents (64 bits), not against forgers.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +23,7 @@ import numpy as np
 
 from data_pipeline import Batch
 from data_pipeline.order import mix
+from data_pipeline.strict_json import read_json
 from pretrain.errors import RequestError
 from pretrain.metrics import METRICS, read_lines
 
@@ -95,7 +95,7 @@ def _reason(first: Path, second: Path) -> str:
     found = []
     for run in (first, second):
         try:
-            manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+            manifest = read_json((run / "manifest.json").read_text(encoding="utf-8"))
             found.append((manifest["data_fingerprint"], manifest["seed"]))
         except (OSError, ValueError, KeyError, TypeError):
             return ""

@@ -174,9 +174,9 @@ def evaluate(
     Retrieval is scored as published for COCO and Flickr30K: every caption of every image is a candidate. Exit code 1:
     the model's embeddings or loss are not finite.
     """
+    from data_pipeline.strict_json import strict_json
     from pretrain.evaluation.evaluate import TASKS, summary
     from pretrain.evaluation.standalone import evaluate_checkpoint
-    from pretrain.strict_json import strict_json
 
     known = ["all", *(name for names in TASKS.values() for name in names)]
     if task not in known:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from data_pipeline import Dataset, Tokenizer
 from data_pipeline.index import written_whole
+from data_pipeline.strict_json import strict_json
 from pretrain.config import Recipe
 from pretrain.evaluation.captioning import Reader
 from pretrain.evaluation.evaluate import evaluate, summary
@@ -13,7 +14,6 @@ from pretrain.evaluation.rounds import Encoder
 from pretrain.metrics import EVALUATION, EXAMPLES, RunLog, read_lines
 from pretrain.parallel.groups import Ranks
 from pretrain.sources import cache_of
-from pretrain.strict_json import strict_json
 
 
 class Evaluations:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from data_pipeline.strict_json import read_json
 from pretrain.job import LAUNCHER
 from pretrain.restart import End, cause
 
@@ -114,7 +115,7 @@ def leave_word(sentence: str, lasting: bool) -> None:
 def _word(path: Path) -> tuple[str, bool]:
     """What `leave_word` left; nothing where a rank ended otherwise."""
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        told = read_json(path.read_text(encoding="utf-8"))
         return str(told["message"]), bool(told["lasting"])
     except (OSError, ValueError, KeyError, TypeError):  # none, or one in the form of torchrun's own
         return "", True

@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 
 from data_pipeline.index import written_whole
-from pretrain.strict_json import strict_json
+from data_pipeline.strict_json import read_json, strict_json
 
 METRICS, EVALUATION, EXAMPLES = "metrics.jsonl", "evaluation.jsonl", "examples.json"
 WAITING = 0.2  # share of the time: to wait more than that is worth a hint
@@ -167,7 +167,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return lines
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            line = json.loads(text)
+            line = read_json(text)
         except ValueError:
             break
         if not isinstance(line, dict):

@@ -6,7 +6,6 @@ other keys.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.strict_json import read_json
 from pretrain.checkpoint.format import describe
 from pretrain.config import Recipe, load_recipe
 from pretrain.errors import RequestError, WeftError
@@ -179,7 +179,7 @@ def number(tree: Any, *path: str) -> float | None:
 def _json(path: Path) -> Any:
     """None for a file that is missing or that a crash cut short."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.index import written_whole
+from data_pipeline.strict_json import read_json
 from pretrain.checkpoint.format import Checkpoint, describe, description_problem, newest_first
 from pretrain.config import Recipe, load_recipe, recipe_of
 from pretrain.errors import RequestError, WeftError
@@ -138,8 +139,8 @@ def begin(
     path = run / "manifest.json"
     starts: list[dict[str, Any]] = []
     if resumed_step and path.is_file():
-        with suppress(ValueError, AttributeError):  # a damaged manifest is written anew
-            before = json.loads(path.read_text(encoding="utf-8"))
+        with suppress(ValueError, AttributeError, TypeError):  # a damaged manifest is written anew
+            before = read_json(path.read_text(encoding="utf-8"))
             starts, warm_start = list(before.get("starts", [])), before.get("init_from")
     starts.append({"step": resumed_step, "time": time.time(), "layout": str(layout), "world": layout.world})
     manifest = {

@@ -29,6 +29,7 @@ from typing import IO
 
 from data_pipeline.index import written_whole
 from data_pipeline.process import started
+from data_pipeline.strict_json import read_json
 from pretrain.errors import WeftError
 
 LOCK, OWNER = ".lock", ".owner.json"
@@ -68,7 +69,7 @@ class Owner:
     def read(cls, run: Path) -> Owner | None:
         """The owner that a run folder names; None where there is none, or nothing that can be read."""
         with suppress(OSError, ValueError, TypeError):
-            return cls(**json.loads((run / OWNER).read_text(encoding="utf-8")))
+            return cls(**read_json((run / OWNER).read_text(encoding="utf-8")))
         return None
 
     @property

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 def choose_test(captions: Sequence[tuple[str, ...]], test_share: float, seed: int) -> set[int]:
     """Which samples to hold out, by number: about `test_share` of them, whole groups of shared captions at a time.
 
-    At least one group is held out and at least one is kept when `test_share` > 0; of eight samples or more, at least the
-    two that an evaluation needs, where groups allow. Raises ValueError when all samples
-    are one group.
+    At least one group is held out and at least one is kept when `test_share` > 0; of eight samples or more at least two
+    are held out, where groups allow, because an evaluation needs them.
+
+    Raises ValueError when all samples are one group.
     """
     refuse_share(test_share)
     if test_share == 0:

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.strict_json import read_json
 from pretrain.errors import RequestError, WeftError
 
 FORMAT, VERSION = "weft-checkpoint", 2
@@ -108,7 +109,7 @@ def _named_by(latest: Path) -> Path | None:
         if latest.is_file():
             return latest.with_name(Path(latest.read_text(encoding="utf-8").strip()).name)
         if latest.is_dir():
-            original = step_folder(latest.parents[1], int(json.loads((latest / DESCRIPTION).read_text())["step"]))
+            original = step_folder(latest.parents[1], int(read_json((latest / DESCRIPTION).read_text())["step"]))
             return original if (original / DESCRIPTION).is_file() else latest
     except (OSError, ValueError, KeyError, TypeError, RuntimeError):
         pass  # a link to itself, or bytes that name nothing
@@ -129,7 +130,7 @@ def describe(path: str | Path) -> Checkpoint:
     """Read `checkpoint.json` of a checkpoint or of a run's newest one; WeftError when it is not one of ours."""
     folder = find_checkpoint(path)
     try:
-        tree = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        tree = read_json((folder / DESCRIPTION).read_text(encoding="utf-8"))
         if (tree["format"], tree["version"]) != (FORMAT, VERSION):
             raise ValueError(f"it is {tree['format']} version {tree['version']}, not {FORMAT} version {VERSION}")
         parameters = {str(name): [int(side) for side in shape] for name, shape in tree["parameters"].items()}

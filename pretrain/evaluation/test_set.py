@@ -23,6 +23,7 @@ from data_pipeline import Corrupt, DataError, Dataset, ImageTransform, decode_im
 from data_pipeline.damage import cause_of, opened
 from data_pipeline.errors import DamagedSampleError
 from data_pipeline.index import written_whole
+from data_pipeline.strict_json import read_json
 from pretrain.errors import RequestError
 from pretrain.parallel.groups import Ranks
 
@@ -144,7 +145,7 @@ def labels_of(dataset: Dataset, samples: Iterable[int]) -> set[str]:
 def _read_classes(file: Path) -> Classes | None:
     """What an earlier evaluation has kept; None for anything else."""
     try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
+        tree = read_json(file.read_text(encoding="utf-8"))
         names, partial = tree["names"], tree["partial"]
     except (OSError, ValueError, TypeError, KeyError):
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from pathlib import Path
@@ -90,6 +91,18 @@ def test_a_missing_file_counts_as_damage_and_no_whole_one_is_an_error(
     assert "exp_avg.safetensors is missing" in told
     assert "weight.safetensors is damaged" in told
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("value", ["Infinity", "NaN", "1e999", "[1]", "9" * 400, "[" * 100_000 + "]" * 100_000])
+@pytest.mark.parametrize("name", ["step", "samples", "updates"])
+def test_a_description_of_which_a_number_is_none_is_refused_in_a_sentence(
+    trained: Path, run: Path, name: str, value: str
+) -> None:
+    file = step_folder(run, 4) / DESCRIPTION
+    tree = json.loads(file.read_text())
+    file.write_text(json.dumps(tree | {name: "here"}).replace('"here"', value))
+    with pytest.raises(WeftError, match=r"checkpoint\.json does not describe a checkpoint of ours"):
+        describe(step_folder(run, 4))
 
 
 def test_any_flipped_byte_of_the_description_is_noticed(trained: Path, run: Path) -> None:
