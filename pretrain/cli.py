@@ -290,6 +290,7 @@ def bench_step(
     json_: Json = False,
 ) -> None:
     """Compare the training step with the same model in plain torch (SDPA, DDP)."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler tells stderr that it starts and stops
     from pretrain.config import load_recipe
     from pretrain.launch import launch
 

@@ -380,7 +380,7 @@ class Slow:
 
 def patience_for(how: signal.Signals) -> Patience:
     """One that no worker tries by being slow: only one that is stopped has to be found by its silence."""
-    return Patience(silence=5.0 if how is signal.SIGSTOP else 600.0)
+    return Patience(silence=3.0 if how is signal.SIGSTOP else 600.0)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP])
