@@ -116,7 +116,8 @@ class Zero:
         gradients = [(each, each.grad) for each in self.model.parameters() if each.grad is not None]
         for parameter, gradient in gradients:
             if not getattr(parameter, "ds_pipe_replicated", False):
-                squares[int(sharded_axis(parameter) is None)] += gradient.double().square().sum()
+                length = torch.linalg.vector_norm(gradient, dtype=torch.float64)
+                squares[int(sharded_axis(parameter) is None)] += length.square()
         dist.all_reduce(squares[:1], group=self.ranks.tp_group)
         dist.all_reduce(squares, group=self.ranks.pp_group)
         norm = float(squares.sum().sqrt())
