@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -91,6 +91,14 @@ def remark_of(ignored: tuple[tuple[str, str], ...]) -> str:
     more = f" and {len(ignored) - NAMED} more" if len(ignored) > NAMED else ""
     count = "1 file or folder" if len(ignored) == 1 else f"{len(ignored)} files or folders"
     return f"{count} beside the tars {'is' if len(ignored) == 1 else 'are'} not read: {named}{more}"
+
+
+def empty_remark(names: Sequence[str]) -> str:
+    """What is to be said of shards that hold no sample: a cut or a download may have left only zeros. Or ""."""
+    if len(names) < 2:
+        return f"{names[0]} holds no sample" if names else ""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"{len(names)} shards hold no sample: {', '.join(names[:NAMED])}{more}"
 
 
 def gap_in(names: Iterable[str]) -> str:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import DataError
-from data_pipeline.folder import gap_in, hint_of_pattern, ignored_in, remark_of, shard_files
+from data_pipeline.folder import empty_remark, gap_in, hint_of_pattern, ignored_in, remark_of, shard_files
 from data_pipeline.parallel import run_jobs
 from data_pipeline.sample import modalities_of
 from data_pipeline.scan import LeftOut, Pace, scan_tar, sentences
@@ -108,8 +108,9 @@ class Index:
     def remarks(self) -> list[str]:
         """What is in the folder or in its shards and not read, or missing in some samples; a few words each."""
         gap = gap_in(shard.file for shard in self.shards)
-        ignored = [remark_of(self.ignored)] if self.ignored else []
-        return [*([gap] if gap else []), *ignored, *sentences(self.left_out, self.samples)]
+        empty = empty_remark([shard.file for shard in self.shards if not shard.samples])
+        ignored = remark_of(self.ignored) if self.ignored else ""
+        return [*filter(None, (gap, empty, ignored)), *sentences(self.left_out, self.samples)]
 
     def save(self, folder: Path) -> None:
         """Write index.json into `folder`; the file appears whole or not at all."""

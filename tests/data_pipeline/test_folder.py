@@ -8,7 +8,7 @@ import pytest
 from tars import picture, tar_of
 
 from data_pipeline.check import check_dataset
-from data_pipeline.folder import gap_in
+from data_pipeline.folder import empty_remark, gap_in
 from data_pipeline.index import build_index, load_index
 
 
@@ -44,3 +44,17 @@ def test_a_gap_is_a_warning_of_check_and_a_remark_of_the_index(tmp_path: Path) -
     report = check_dataset(tmp_path, processes=0)
     assert report.ok
     assert [(each.severity, each.reason) for each in report.problems] == [("warning", told)]
+
+
+@pytest.mark.parametrize("size", [0, 2, 6])
+def test_a_shard_of_nothing_but_zeros_is_named(tmp_path: Path, size: int) -> None:
+    """The head of a tar is gone, and what is left is the padding at its end; or a tool wrote a shard of nothing."""
+    (tmp_path / "a.tar").write_bytes(tar_of([("s.png", picture()), ("s.txt", b"a")]))
+    (tmp_path / "x.tar").write_bytes(bytes(1024 + size))
+    assert build_index(tmp_path).remarks() == ["x.tar holds no sample"]
+    assert load_index(tmp_path).remarks() == ["x.tar holds no sample"]
+
+
+def test_the_first_of_many_empty_shards_are_named() -> None:
+    assert empty_remark([]) == ""
+    assert empty_remark([f"{n}.tar" for n in range(5)]) == "5 shards hold no sample: 0.tar, 1.tar, 2.tar and 2 more"

@@ -24,7 +24,7 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS), str(Path(__file__).parent)]
 from damages import SAMPLES, SHARDS, SIZES, damage  # noqa: E402  # after the path to it
 
 TOLD = re.compile(
-    r"left out|not read|not be used|skipp|missing|lost|end mark|zeros|damaged|truncat|ends? at|unusable", re.I
+    r"left out|not read|not be used|skipp|missing|lost|end mark|zeros|damaged|truncat|ends? at|unusable|no sample", re.I
 )
 
 
