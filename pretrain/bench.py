@@ -12,8 +12,8 @@ torch's profiler, waiting for the others included; and the bytes that autograd k
 
 Plain torch runs twice: as it comes, and with its best settings for the device (one fused kernel for all of AdamW). The
 ratio is against the faster of the two; it is the median over rounds of the ratio within a round, because a virtual
-machine is slower in one round than in another by more than what is compared here. All run in one process, so what weft sets there for glibc's allocator serves
-them all.
+machine is slower in one round than in another by more than what is compared here. All run in one process, so what weft
+sets there for glibc's allocator serves them all.
 """
 
 from __future__ import annotations
