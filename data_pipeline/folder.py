@@ -87,18 +87,21 @@ def _holds_tars(path: str) -> bool:
 
 def remark_of(ignored: tuple[tuple[str, str], ...]) -> str:
     """What is to be said of such files, in a few words: the first NAMED of them, and how many there are."""
-    named = ", ".join(f"{name} ({why})" for name, why in ignored[:NAMED])
-    more = f" and {len(ignored) - NAMED} more" if len(ignored) > NAMED else ""
+    named = _first((f"{name} ({why})" for name, why in ignored), len(ignored))
     count = "1 file or folder" if len(ignored) == 1 else f"{len(ignored)} files or folders"
-    return f"{count} beside the tars {'is' if len(ignored) == 1 else 'are'} not read: {named}{more}"
+    return f"{count} beside the tars {'is' if len(ignored) == 1 else 'are'} not read: {named}"
+
+
+def _first(names: Iterable[str], count: int) -> str:
+    """The first NAMED of so many, and how many more there are."""
+    return ", ".join(islice(names, NAMED)) + (f" and {count - NAMED} more" if count > NAMED else "")
 
 
 def empty_remark(names: Sequence[str]) -> str:
     """What is to be said of shards that hold no sample: a cut or a download may have left only zeros. Or ""."""
     if len(names) < 2:
         return f"{names[0]} holds no sample" if names else ""
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return f"{len(names)} shards hold no sample: {', '.join(names[:NAMED])}{more}"
+    return f"{len(names)} shards hold no sample: {_first(names, len(names))}"
 
 
 def gap_in(names: Iterable[str]) -> str:
@@ -121,10 +124,9 @@ def gap_in(names: Iterable[str]) -> str:
     if not 0 < missing < len(numbers) == len(names):
         return ""
     width = min(map(len, numbers.values()))
-    absent = islice((number for number in range(min(numbers), max(numbers)) if number not in numbers), NAMED)
-    named = ", ".join(f"{before}{number:0{width}}{after}" for number in absent)
-    more = f" and {missing - NAMED} more" if missing > NAMED else ""
-    return f"{named}{more} {'is' if missing == 1 else 'are'} not there, though shards before and after are"
+    absent = (number for number in range(min(numbers), max(numbers)) if number not in numbers)
+    named = _first((f"{before}{number:0{width}}{after}" for number in absent), missing)
+    return f"{named} {'is' if missing == 1 else 'are'} not there, though shards before and after are"
 
 
 def hint_of_pattern(path: str) -> str:

@@ -46,6 +46,7 @@ from data_pipeline.parquet_columns import Columns, check_columns, class_names, f
 from data_pipeline.remote import Cache, RemoteFiles, is_url
 from data_pipeline.remote_file import RemotePath, find_remote
 from data_pipeline.sample import Sample, trimmed
+from data_pipeline.strict_json import strict_json
 
 AnyPath = Path | RemotePath
 EXTENSIONS = (".parquet", ".pq")
@@ -400,11 +401,7 @@ def _object(values: dict[str, Any]) -> dict[str, Any]:
 
 def _json(tree: dict[str, Any]) -> bytes:
     """A tree as JSON, which has no NaN and no infinity: null stands for them."""
-    try:
-        text = json.dumps(tree, ensure_ascii=False, allow_nan=False)
-    except ValueError:
-        finite = json.loads(json.dumps(tree), parse_constant=lambda _: None)
-        text = json.dumps(finite, ensure_ascii=False)
+    text = strict_json(tree, ensure_ascii=False)
     return text.encode("utf-8", "backslashreplace")  # half a character stays the escape that it was
 
 

@@ -78,6 +78,7 @@ class Columns:
         before = sum(self.sizes[: self.rank]) if self.knows_all else 0
         self.own = slice(before, before + len(y_cD))  # columns of this rank among the K
         self.own_pairs = slice(before, before + pairs)
+        self.y_CD = y_cD  # of the one block
 
     @cached_property
     def have_rows(self) -> torch.Tensor:
@@ -94,9 +95,10 @@ class Columns:
 
         logarithms: what is summed is given by its logarithm, begins at -inf, and the visitor uses logaddexp.
         """
-        both_2C = self._begin((2, len(self.y_cD)), logarithms)
-        visit(Block(self.y_cD, 0, [], list(both_2C)))
-        return both_2C[0], both_2C[1]
+        both_2C = self._begin((2, len(self.y_CD)), logarithms)
+        visit(Block(self.y_CD, self.own.start, [], list(both_2C)))
+        first_K, second_K = self._over_ranks(both_2C, logarithms)
+        return first_K, second_K
 
     def sweep(
         self,
@@ -105,8 +107,16 @@ class Columns:
         tails: Sequence[Sequence[int]] = (),
     ) -> list[torch.Tensor]:
         """The same with vectors [K], shown with the columns. tails: each makes a sum [c, *tail] of the own columns."""
-        sums = [self._begin((len(self.y_cD), *tail)) for tail in tails]
-        visit(Block(self.y_cD, 0, list(vectors), sums))
+        sums = [self._begin((len(self.y_CD), *tail)) for tail in tails]
+        visit(Block(self.y_CD, self.own.start, list(vectors), sums))
+        return [self._home(each) for each in sums]
+
+    def _over_ranks(self, sums: torch.Tensor, logarithms: bool) -> torch.Tensor:
+        """Those of a survey [2, C], by this rank, to those by all ranks."""
+        return sums
+
+    def _home(self, sums: torch.Tensor) -> torch.Tensor:
+        """[C, ...] of every rank to [c, ...] of all."""
         return sums
 
     def _begin(self, shape: Sequence[int], logarithms: bool = False) -> torch.Tensor:
@@ -131,22 +141,6 @@ class Gathered(Columns):
         super().__init__(y_cD, pairs, dtype, group, numbers)
         self.y_CD = self._gather(y_cD)
 
-    def survey(self, visit: Callable[[Block], object], logarithms: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        both_2C = self._begin((2, self.all_columns), logarithms)
-        visit(Block(self.y_CD, self.own.start, [], list(both_2C)))
-        both_2C = self._add_logarithms(both_2C) if logarithms else self.add(both_2C)
-        return both_2C[0], both_2C[1]
-
-    def sweep(
-        self,
-        visit: Callable[[Block], object],
-        vectors: Sequence[torch.Tensor] = (),
-        tails: Sequence[Sequence[int]] = (),
-    ) -> list[torch.Tensor]:
-        sums = [self._begin((self.all_columns, *tail)) for tail in tails]
-        visit(Block(self.y_CD, self.own.start, list(vectors), sums))
-        return [self._add_up(each) for each in sums]
-
     def _gather(self, own: torch.Tensor) -> torch.Tensor:
         """[C, ...]: the rows of all ranks, in rank order."""
         most = max(self.sizes)
@@ -159,20 +153,21 @@ class Gathered(Columns):
             return rows
         return torch.cat([part[:size] for part, size in zip(rows.split(most), self.sizes, strict=True)])
 
-    def _add_up(self, sums: torch.Tensor) -> torch.Tensor:
-        """[C, ...] of every rank to [c, ...] of all."""
+    def _home(self, sums: torch.Tensor) -> torch.Tensor:
         if min(self.sizes) < max(self.sizes):
             return self.add(sums)[self.own].clone()  # a view would keep all the columns' sums alive
         own = sums.new_empty(len(self.y_cD), *sums.shape[1:])
         reduce_scatter(own, sums, group=self.group)
         return own
 
-    def _add_logarithms(self, logarithms: torch.Tensor) -> torch.Tensor:
-        highest = logarithms.clone()
+    def _over_ranks(self, sums: torch.Tensor, logarithms: bool) -> torch.Tensor:
+        if not logarithms:
+            return self.add(sums)
+        highest = sums.clone()
         dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=self.group)
         # a column of -inf, which has no wrong answers, must not become -inf - (-inf) = nan
         highest.clamp_(min=torch.finfo(self.dtype).min)
-        return self.add((logarithms - highest).exp_()).log_() + highest
+        return self.add((sums - highest).exp_()).log_() + highest
 
 
 class Ring(Columns):

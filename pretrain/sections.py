@@ -325,8 +325,8 @@ class LayoutConfig(Section):
     sequence_parallel: bool = Field(False, description="shard norms and residuals along the sequence over the tp ranks")
     zero: Literal[0, 1, 2, 3] = Field(
         1,
-        description="DeepSpeed ZeRO stage: 1 shards the optimizer, 2 also gradients, 3 also parameters; where no ranks "
-        "share, 1 is 0",
+        description="DeepSpeed ZeRO stage: 1 shards the optimizer, 2 also gradients, 3 also parameters; on a "
+        "single data parallel rank in fp32, 1 runs as 0",
     )
     offload: bool = Field(False, description="keep master weights and moments in host memory")
     recompute: Literal["none", "selective", "full"] = Field(

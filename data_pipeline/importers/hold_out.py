@@ -25,7 +25,7 @@ def choose_test(captions: Sequence[tuple[str, ...]], test_share: float, seed: in
             "give a test share of 0, or more of them"
         )
     drawn = sorted(groups, key=lambda caption: _place(seed, caption))
-    goal = max(round(test_share * len(captions)), min(2, len(captions) // 4))
+    goal = max(round(test_share * len(captions)), _least(len(captions)))
     held_out: list[int] = []
     for caption in drawn[:-1]:  # the last stays for training, whatever the share
         if len(held_out) + len(groups[caption]) <= goal:
@@ -47,7 +47,7 @@ def choose_of_classes(classes: Sequence[str], names: Sequence[str], test_share: 
     for number, label in enumerate(classes):
         members.setdefault(label, []).append(number)
     held_out: set[int] = set()
-    least = 2 if len(members) == 1 and len(classes) >= 8 else 1
+    least = _least(len(classes)) if len(members) == 1 else 1
     for numbers in members.values():
         drawn = sorted(numbers, key=lambda number: _place(seed, names[number]))
         held_out.update(drawn[: min(max(least, round(test_share * len(drawn))), len(drawn) - 1)])
@@ -56,6 +56,11 @@ def choose_of_classes(classes: Sequence[str], names: Sequence[str], test_share: 
             f"each of the {len(members)} classes has one sample, so none can be held out: give a test share of 0"
         )
     return held_out
+
+
+def _least(samples: int) -> int:
+    """How many to hold out of a set of this size at least: the two that an evaluation needs, where enough stay."""
+    return 2 if samples >= 8 else 1
 
 
 def plain(caption: str) -> str:

@@ -115,7 +115,8 @@ def lay_out(recipe: Recipe, world: int) -> Layout:
 def _stage(recipe: Recipe, sharing: int) -> int:
     """The stage of ZeRO: of stage 1, nothing is left where no ranks share, but the copies into flat tensors.
 
-    These are 6% of a quickstart step on one rank. In bf16 stage 1 also keeps the fp32 sums, and so it stays.
+    These are about 6% of the CPU time of a quickstart step on one rank and thread. In bf16 stage 1 also keeps the fp32
+    sums, and so it stays.
     """
     asked = recipe.layout
     alone = sharing == 1 and recipe.train.precision == "fp32" and not asked.offload
