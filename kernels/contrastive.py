@@ -26,7 +26,7 @@ Design choices:
   would be rounding noise. So the wrong answers are summed without s_ii, and both come from the log odds against the
   true pair, row_i = logsumexp_{j != i} s_ij - s_ii: L_i = log(1 + exp(row_i)), dL_i/ds_ii = -1 / (1 + exp(-row_i)).
 - With a group, a rank holds the rows of its own x and meets everybody's y, by one gather or around a ring
-  (kernels/contrastive_group.py); the gradient of y goes back to its owner.
+  (kernels/contrastive_group.py); the gradient of y goes back to its owner. Of few pairs each rank makes the whole loss.
 - Gradient convention: every rank returns the same global loss, and gradients of x, y and negatives are `world` times
   those of the global loss, because data parallelism averages parameter gradients over the group afterwards; those of
   scale and bias are the global loss's own on every rank, and averaging leaves them so.
@@ -42,6 +42,7 @@ Axes: n pairs of this rank, N pairs of all ranks, M extra negatives, D embedding
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -51,7 +52,8 @@ from torch.autograd.function import once_differentiable
 
 from kernels import contrastive_squares
 from kernels.collectives import group_named
-from kernels.contrastive_group import EXCHANGES, Columns, columns_of
+from kernels.contrastive_group import AUTO as AUTO_EXCHANGE
+from kernels.contrastive_group import EXCHANGES, Columns, Whole, columns_of, whole_of
 from kernels.contrastive_passes import Result, Squares, infonce, longest_rows, sigmoid
 from kernels.dispatch import AUTO, Choice, choose, chosen_by, no_triton, record, refuse_difference, trial
 from kernels.precision import accumulator_of
@@ -80,7 +82,7 @@ def contrastive_loss(
     negatives_MD: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
     group: dist.ProcessGroup | None = None,
-    exchange: str = "gather",
+    exchange: str = AUTO_EXCHANGE,
     products: torch.dtype | None = None,
     backend: str = AUTO,
 ) -> torch.Tensor:
@@ -88,7 +90,8 @@ def contrastive_loss(
 
     x and y fp32 or fp64 [n, D], paired row by row; n may differ between ranks. scale: a scalar tensor.
     negatives [M, D]: more wrong answers for the x of all ranks; M may differ between ranks.
-    exchange: "gather" (each rank holds all y) or "ring" (two ranks' y at a time), the same on every rank.
+    exchange: "replicate" (each rank makes the whole loss), "gather" (each holds all y), "ring" (two ranks' y at a time)
+    or "auto" (the first for up to 1024 y in all, else the second); the same on every rank.
     products: None (the embeddings' dtype) or torch.bfloat16. backend: "auto", "triton" or "torch".
     label_smoothing: at least 0, below 1. All ranks must agree on whether gradients are wanted. Differentiable once.
     Raises ValueError when x, y, negatives and products do not fit each other, or scale is no scalar tensor.
@@ -113,7 +116,7 @@ def sigmoid_loss(
     *,
     negatives_MD: torch.Tensor | None = None,
     group: dist.ProcessGroup | None = None,
-    exchange: str = "gather",
+    exchange: str = AUTO_EXCHANGE,
     products: torch.dtype | None = None,
     backend: str = AUTO,
 ) -> torch.Tensor:
@@ -168,8 +171,8 @@ def _check(
         raise ValueError(f"x is {x_nD.dtype}: sums over the global batch need float32 or float64; {ways}")
     if products is not None and x_nD.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"x is {x_nD.dtype}: products={products} takes x and y in float32 or bfloat16")
-    if exchange not in EXCHANGES:
-        raise ValueError(f"exchange={exchange!r} is none of {', '.join(EXCHANGES)}")
+    if exchange not in (AUTO_EXCHANGE, *EXCHANGES):
+        raise ValueError(f"exchange={exchange!r} is none of {', '.join((AUTO_EXCHANGE, *EXCHANGES))}")
 
 
 # --- backends
@@ -242,10 +245,10 @@ def _contrastive_loss(
     """Loss and gradients by x, y, scale and negatives; without `gradients`, empty tensors instead of these."""
     chosen = record(_choose("contrastive_loss", x_nD, products=products, backend=backend))
     with torch.autocast(x_nD.device.type, enabled=False):
-        x_nD, columns = _meeting(x_nD, y_nD, negatives_MD, group_name, exchange, products, longest=True)
+        rows, columns, whole = _meeting(x_nD, y_nD, negatives_MD, group_name, exchange, products, longest=True)
         scale = scale.to(x_nD.device, columns.dtype)
-        result = infonce(_squares_of(chosen), x_nD, columns, scale, label_smoothing, gradients)
-    dy_nD, dnegatives_MD = _split(result, columns, negatives_MD)
+        result = _own(infonce(_squares_of(chosen), rows, columns, scale, label_smoothing, gradients), whole)
+    dy_nD, dnegatives_MD = _split(result, len(y_nD), negatives_MD)
     return result.loss, _given(result.dx, scale), dy_nD, _given(result.dscale, scale), dnegatives_MD
 
 
@@ -265,10 +268,10 @@ def _sigmoid_loss(
     """Loss and gradients by x, y, scale, bias and negatives; without `gradients`, empty tensors instead of these."""
     chosen = record(_choose("sigmoid_loss", x_nD, products=products, backend=backend))
     with torch.autocast(x_nD.device.type, enabled=False):
-        x_nD, columns = _meeting(x_nD, y_nD, negatives_MD, group_name, exchange, products)
+        rows, columns, whole = _meeting(x_nD, y_nD, negatives_MD, group_name, exchange, products)
         scale, bias = (number.to(x_nD.device, columns.dtype) for number in (scale, bias))
-        result = sigmoid(_squares_of(chosen), x_nD, columns, scale, bias, gradients)
-    dy_nD, dnegatives_MD = _split(result, columns, negatives_MD)
+        result = _own(sigmoid(_squares_of(chosen), rows, columns, scale, bias, gradients), whole)
+    dy_nD, dnegatives_MD = _split(result, len(y_nD), negatives_MD)
     dx_nD, dscale, dbias = (_given(each, scale) for each in (result.dx, result.dscale, result.dbias))
     return result.loss, dx_nD, dy_nD, dscale, dbias, dnegatives_MD
 
@@ -281,21 +284,34 @@ def _meeting(
     exchange: str,
     products: torch.dtype | None,
     longest: bool = False,
-) -> tuple[torch.Tensor, Columns]:
-    """The rows, and the columns they are to meet, in the dtype of the products; whether these know the longest rows."""
+) -> tuple[torch.Tensor, Columns, Whole | None]:
+    """The rows, and the columns they are to meet, in the dtype of the products; whose they are, if not this rank's.
+
+    longest: the columns know the longest rows.
+    """
     y_cD = y_nD if negatives_MD is None else torch.cat([y_nD, negatives_MD])
     x_nD, y_cD = (each.to(products or x_nD.dtype).contiguous() for each in (x_nD, y_cD))
     dtype, group = accumulator_of(x_nD.dtype), group_named(group_name)
     numbers = longest_rows(x_nD, y_cD, dtype) if longest else ()
-    return x_nD, columns_of(y_cD, len(x_nD), dtype, group, exchange, numbers)
+    columns = columns_of(y_cD, len(x_nD), dtype, group, exchange, numbers)
+    whole = whole_of(x_nD, columns, exchange)
+    return (x_nD, columns, None) if whole is None else (whole.x, whole.columns, whole)
 
 
-def _split(result: Result, columns: Columns, negatives_MD: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _own(result: Result, whole: Whole | None) -> Result:
+    """This rank's part of a result."""
+    if whole is None or result.dx is None or result.dy is None:
+        return result
+    dx_nD, dy_cD = whole.own(result.dx, result.dy)
+    return replace(result, dx=dx_nD, dy=dy_cD)
+
+
+def _split(result: Result, pairs: int, negatives_MD: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of y and of the negatives; empty where there is none."""
     dy_cD = _given(result.dy, result.loss)
     if result.dy is None or negatives_MD is None:
         return dy_cD, dy_cD.new_empty(0)
-    return dy_cD[: columns.pairs].clone(), dy_cD[columns.pairs :].clone()
+    return dy_cD[:pairs].clone(), dy_cD[pairs:].clone()
 
 
 def _given(gradient: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:

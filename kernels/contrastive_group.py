@@ -6,6 +6,8 @@ of a block, which are mostly other ranks', back to the rank that holds them. `Co
 numbers of each column for whoever will show that column in a sweep.
 
 Design choices:
+- "replicate": every rank gathers rows and columns and makes the whole loss of them, as one process would (`Whole`). It
+  is for few pairs, of which the other two spend most of the time on waiting for collectives.
 - "gather": one block, the columns of all ranks in rank order. One collective each way; every rank holds all of y.
   It also has all of a survey, which is small beside y: one sum over ranks, where to bring each number home and to
   gather again what becomes of it are two collectives.
@@ -29,7 +31,9 @@ import torch.distributed as dist
 
 from kernels.collectives import all_gather, reduce_scatter
 
-EXCHANGES = ("gather", "ring")
+AUTO, REPLICATE, GATHER, RING = "auto", "replicate", "gather", "ring"
+EXCHANGES = (REPLICATE, GATHER, RING)
+FEW = 1024  # columns of all ranks, up to which "auto" replicates: 8 FEW^2 operations for each number of an embedding
 
 
 @dataclass
@@ -78,7 +82,11 @@ class Columns:
         before = sum(self.sizes[: self.rank]) if self.knows_all else 0
         self.own = slice(before, before + len(y_cD))  # columns of this rank among the K
         self.own_pairs = slice(before, before + pairs)
-        self.y_CD = y_cD  # of the one block
+
+    @cached_property
+    def y_CD(self) -> torch.Tensor:
+        """Those of the one block."""
+        return self.y_cD
 
     @cached_property
     def have_rows(self) -> torch.Tensor:
@@ -130,28 +138,21 @@ class Columns:
 
 
 class Gathered(Columns):
-    def __init__(
-        self,
-        y_cD: torch.Tensor,
-        pairs: int,
-        dtype: torch.dtype,
-        group: dist.ProcessGroup,
-        numbers: Sequence[torch.Tensor],
-    ) -> None:
-        super().__init__(y_cD, pairs, dtype, group, numbers)
-        self.y_CD = self._gather(y_cD)
+    @cached_property
+    def y_CD(self) -> torch.Tensor:
+        return self.gather(self.y_cD, self.sizes)
 
-    def _gather(self, own: torch.Tensor) -> torch.Tensor:
-        """[C, ...]: the rows of all ranks, in rank order."""
-        most = max(self.sizes)
+    def gather(self, own: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+        """The rows of all ranks, which have so many, in rank order."""
+        most = max(sizes)
         padded = (
             own.contiguous() if len(own) == most else torch.cat([own, own.new_zeros(most - len(own), *own.shape[1:])])
         )
         rows = own.new_empty(self.world * most, *own.shape[1:])
         all_gather(rows, padded, group=self.group)
-        if min(self.sizes) == most:
+        if min(sizes) == most:
             return rows
-        return torch.cat([part[:size] for part, size in zip(rows.split(most), self.sizes, strict=True)])
+        return torch.cat([part[:size] for part, size in zip(rows.split(most), sizes, strict=True)])
 
     def _home(self, sums: torch.Tensor) -> torch.Tensor:
         if min(self.sizes) < max(self.sizes):
@@ -223,6 +224,30 @@ class _Passing:
         return self.coming
 
 
+class Whole:
+    """All rows x [N, D] and columns of a group on every rank, which stands for a process by itself."""
+
+    def __init__(self, x_nD: torch.Tensor, told: Gathered) -> None:
+        y_cD = told.y_cD
+        self.world = told.world
+        if told.all_pairs == told.all_columns:
+            both = told.gather(torch.cat([x_nD, y_cD], 1), told.sizes)
+            self.x, y_CD = (each.contiguous() for each in both.chunk(2, 1))
+            self._own_rows = self._own_columns = torch.arange(told.own.start, told.own.stop, device=y_cD.device)
+        else:
+            self.x, y_CD = told.gather(x_nD, [pairs for pairs, _ in told.counts]), told.y_CD
+            before = sum(pairs for pairs, _ in told.counts[: told.rank])
+            self._own_rows = torch.arange(before, before + len(x_nD), device=y_cD.device)
+            partners_first = (~told.have_rows).int().argsort(stable=True)
+            y_CD = y_CD[partners_first]
+            self._own_columns = partners_first.argsort()[told.own]
+        self.columns = Columns(y_CD, told.all_pairs, told.dtype, numbers=list(told.largest))
+
+    def own(self, dx_ND: torch.Tensor, dy_CD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """This rank's part of the gradients, by the convention of a group: `world` times the global loss's."""
+        return dx_ND[self._own_rows] * self.world, dy_CD[self._own_columns] * self.world
+
+
 def columns_of(
     y_cD: torch.Tensor,
     pairs: int,
@@ -237,4 +262,12 @@ def columns_of(
     """
     if group is None or dist.get_world_size(group) == 1:
         return Columns(y_cD, pairs, dtype, None, numbers)
-    return (Ring if exchange == "ring" else Gathered)(y_cD, pairs, dtype, group, numbers)
+    return (Ring if exchange == RING else Gathered)(y_cD, pairs, dtype, group, numbers)
+
+
+def whole_of(x_nD: torch.Tensor, columns: Columns, exchange: str) -> Whole | None:
+    """What a rank makes the whole loss of, where that is asked for or, with "auto", the pairs are few."""
+    few = columns.all_columns <= FEW
+    if isinstance(columns, Gathered) and (exchange == REPLICATE or (exchange == AUTO and few)):
+        return Whole(x_nD, columns)
+    return None

@@ -39,7 +39,7 @@ from pretrain.parallel.build import build_model
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.groups import Ranks, pick_device, start_ranks, stop_ranks, world_size
 from pretrain.parallel.layout import lay_out
-from pretrain.parallel.zero import parameter_groups
+from pretrain.parallel.updater import parameter_groups
 from pretrain.plain import PlainDualEncoder, plain_contrastive_loss
 
 Step = Callable[[Batch], float]  # trains on this rank's rows; the loss

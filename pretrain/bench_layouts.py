@@ -29,7 +29,8 @@ def layouts(recipe: Recipe, ranks: int) -> dict[str, tuple[int, list[str]]]:
     if ranks == 1:
         return alone
     return alone | {
-        f"DP{ranks} ZeRO-1": (ranks, []),
+        f"DP{ranks}": (ranks, []),
+        f"DP{ranks} ZeRO-1": (ranks, ["layout.zero=1"]),
         f"DP{ranks} ZeRO-3": (ranks, ["layout.zero=3"]),
         f"TP{ranks}": (ranks, [f"layout.tp={ranks}"]),
         f"TP{ranks} sequence parallel": (ranks, [f"layout.tp={ranks}", "layout.sequence_parallel=true"]),

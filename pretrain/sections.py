@@ -323,10 +323,10 @@ class LayoutConfig(Section):
     cp: int = Field(1, ge=1, description="number of context parallel ranks")
     ep: int = Field(1, ge=1, description="number of expert parallel ranks")
     sequence_parallel: bool = Field(False, description="shard norms and residuals along the sequence over the tp ranks")
-    zero: Literal[0, 1, 2, 3] = Field(
-        1,
-        description="DeepSpeed ZeRO stage: 1 shards the optimizer, 2 also gradients, 3 also parameters; on a "
-        "single data parallel rank in fp32, 1 runs as 0",
+    zero: Literal[0, 1, 2, 3] | None = Field(
+        None,
+        description="ZeRO stage: 0 shards nothing, 1 the optimizer, 2 also gradients, 3 also parameters; "
+        "default: 0 for a small model in fp32, else 1",
     )
     offload: bool = Field(False, description="keep master weights and moments in host memory")
     recompute: Literal["none", "selective", "full"] = Field(

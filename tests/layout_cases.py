@@ -60,7 +60,7 @@ class Trained:
 
 
 def recipe_of(model: str, overrides: list[str]) -> Recipe:
-    return load_recipe("quickstart", [*TINY, *MODELS[model], *overrides])
+    return load_recipe("quickstart", [*TINY, *MODELS[model], "layout.zero=1", *overrides])
 
 
 def made_up_batch(step: int) -> Batch:
@@ -192,7 +192,7 @@ def _applied(engine: Engine, layout: Layout, lengths: list[int]) -> dict[str, An
         "groups": {
             name: dist.get_world_size(getattr(ranks, f"{name}_group")) for name in ("tp", "pp", "dp", "zero", "model")
         },
-        "offloaded": any(getattr(engine.zero.optimizer, name, False) for name in ("cpu_offload", "offload_optimizer")),
+        "offloaded": any(getattr(engine.optimizer, name, False) for name in ("cpu_offload", "offload_optimizer")),
         "chunks": len(chunks),
         "layers": len(layers),
         "qkv rows": getattr(qkv, "ds_shape", qkv.shape)[0],

@@ -16,6 +16,7 @@ import torch
 from pretrain.checkpoint.format import MOMENTS
 from pretrain.models.initialise import sharded_axis
 from pretrain.parallel.engine import Engine
+from pretrain.parallel.replicas import Replicas
 
 # where DeepSpeed's optimizers keep this rank's flat fp32 partitions: ZeRO-1 and 2, bf16 ZeRO-1, ZeRO-3
 _PARTITIONS = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat")
@@ -55,9 +56,8 @@ def own_numbers(engine: Engine, parameter: torch.nn.Parameter, part: str) -> tor
         return _partition(engine, parameter, part).flatten()[: own_run(engine, parameter).numel]
     if part == "weight" and (engine.layout.zero == 0 or not parameter.requires_grad):
         return parameter.detach().flatten()
-    if engine.layout.zero == 0:
-        moment: torch.Tensor = engine.optimizer.state[parameter][part]
-        return moment.flatten()
+    if isinstance(engine.updater, Replicas):
+        return engine.updater.moment_of(parameter, part).flatten()
     mapping = parameter._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed's
     if mapping is None:
         return torch.empty(0, device=engine.ranks.device)
@@ -125,9 +125,9 @@ def count_updates(engine: Engine) -> int:
 
 
 def _stepped_tensors(engine: Engine) -> list[Any]:
-    """What torch's Adam steps: parameters, or DeepSpeed's flat partitions of them."""
+    """What torch's Adam steps: our flat groups of parameters, or DeepSpeed's flat partitions of them."""
     if engine.layout.zero == 0:
-        return [parameter for _, parameter in engine.named_parameters() if parameter.requires_grad]
+        return [tensor for group in engine.optimizer.param_groups for tensor in group["params"]]
     return list(next(getattr(engine.optimizer, name) for name in _PARTITIONS if hasattr(engine.optimizer, name)))
 
 

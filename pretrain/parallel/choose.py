@@ -1,9 +1,9 @@
 """`layout=auto`: the first layout that fits the memory, in order of what it costs in communication and recomputation.
 
-Data parallel ranks with ZeRO come first, from stage 1 to 3; then tensor parallel ones, which should be neighbours; then
-pipeline stages. What fits none of them is tried again with whole layers made again in backward, then with ever smaller
-microbatches as well, which embed everything twice. The choice is a function of the recipe, the number of ranks and the
-memory alone, so every rank makes the same one.
+Data parallel ranks with ZeRO come first, from the default stage to 3; then tensor parallel ones, which should be
+neighbours; then pipeline stages. What fits none of them is tried again with whole layers made again in backward, then
+with ever smaller microbatches as well, which embed everything twice. The choice is a function of the recipe, the number
+of ranks and the memory alone, so every rank makes the same one.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ def candidates(recipe: Recipe, world: int) -> Iterator[Recipe]:
             yield recipe.model_copy(update={"layout": LayoutConfig.model_validate(chosen), "train": train})
 
 
-def _sizes(world: int) -> Iterator[dict[str, int | bool]]:
+def _sizes(world: int) -> Iterator[dict[str, int | bool | None]]:
     powers = [1 << power for power in range(world.bit_length()) if world % (1 << power) == 0]
     for pp in powers:
         for tp in powers:
             if tp <= 8 and tp * pp <= world:
-                for zero in (1, 2, 3) if pp == 1 else (1,):
+                for zero in (None, 1, 2, 3) if pp == 1 else (None, 1):
                     for sequence_parallel in (True, False) if tp > 1 else (False,):
                         yield {"tp": tp, "pp": pp, "zero": zero, "sequence_parallel": sequence_parallel}
 

@@ -21,7 +21,7 @@ from pretrain.objectives import OBJECTIVES
 from pretrain.parallel.groups import Ranks
 from pretrain.parallel.pipeline import Pipeline
 from pretrain.parallel.rows import own_rows
-from pretrain.parallel.zero import Zero
+from pretrain.parallel.updater import Updater
 from pretrain.sections import Objective
 
 
@@ -58,17 +58,17 @@ class JointLoss:
         return total, outcome
 
 
-def step_at_once(zero: Zero, batch: Batch, loss_of: JointLoss) -> Outcome:
+def step_at_once(updater: Updater, batch: Batch, loss_of: JointLoss) -> Outcome:
     """One microbatch: an ordinary step."""
-    loss, outcome = loss_of(zero.forward(batch.image, batch.text))
-    zero.backward(loss)
+    loss, outcome = loss_of(updater.forward(batch.image, batch.text))
+    updater.backward(loss)
     return outcome
 
 
-def step_with_cache(zero: Zero, parts: Sequence[Batch], loss_of: JointLoss) -> Outcome:
+def step_with_cache(updater: Updater, parts: Sequence[Batch], loss_of: JointLoss) -> Outcome:
     """Several microbatches, without stages."""
     with torch.no_grad():
-        passes = [zero.forward(part.image, part.text) for part in parts]
+        passes = [updater.forward(part.image, part.text) for part in parts]
     # embeddings [n, E] are joined over microbatches; scalars are the same in each
     cached = {
         name: (torch.cat([each[name] for each in passes]) if value.ndim else value).requires_grad_()
@@ -81,19 +81,19 @@ def step_with_cache(zero: Zero, parts: Sequence[Batch], loss_of: JointLoss) -> O
         for name, gradient in _gradients(cached).items()
     }
     for number, part in enumerate(parts):
-        again = zero.forward(part.image, part.text)
-        zero.backward(torch.stack([(again[name] * share[number]).sum() for name, share in shares.items()]).sum())
+        again = updater.forward(part.image, part.text)
+        updater.backward(torch.stack([(again[name] * share[number]).sum() for name, share in shares.items()]).sum())
     return outcome
 
 
 def step_in_stages(
-    zero: Zero, pipeline: Pipeline, parts: Sequence[Batch], lengths: Mapping[str, int], loss_of: JointLoss
+    updater: Updater, pipeline: Pipeline, parts: Sequence[Batch], lengths: Mapping[str, int], loss_of: JointLoss
 ) -> Outcome:
     """With pipeline stages: each tower is a pipeline of its own, run one after the other on the same stages.
 
     lengths: of the sequence of each tower. The embeddings meet on the last stage, where the learned scalars are too.
     """
-    model, ranks = zero.model, loss_of.ranks
+    model, ranks = updater.model, loss_of.ranks
     assert isinstance(model, DualEncoder)
     towers = {
         "image": (model.vision, [(part.image,) for part in parts], lengths["vision"]),
@@ -102,7 +102,7 @@ def step_in_stages(
     embedded = {name: pipeline.outputs(*tower) for name, tower in towers.items()}
     told = torch.zeros(2 + len(loss_of.objectives), dtype=torch.float64, device=ranks.device)
     shares: dict[str, tuple[torch.Tensor, ...]] = {}
-    with zero.gathering():
+    with updater.gathering():
         if ranks.is_last_stage:
             cached = {name: torch.cat(each).requires_grad_() for name, each in embedded.items()}
             loss, outcome = loss_of({**cached, **model.logits_settings()})

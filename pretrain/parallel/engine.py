@@ -1,7 +1,7 @@
 """One training step under any layout: forward, the loss over the global batch, backward, reduction, update.
 
 The trainer sees `Engine.step(batch, lr)`. How the microbatches of a step meet in a loss is told in `embedding_cache`
-(losses that tie samples together) and `token_losses` (losses that add up), how gradients meet in `zero`, how stages
+(losses that tie samples together) and `token_losses` (losses that add up), how gradients meet in `updater`, how stages
 hand over in `pipeline`. The learning rate is set from outside at each step: a schedule is a function of the step, and
 has no state.
 """
@@ -23,7 +23,9 @@ from pretrain.parallel.embedding_cache import JointLoss, Outcome, step_at_once, 
 from pretrain.parallel.groups import Ranks
 from pretrain.parallel.layout import Layout
 from pretrain.parallel.pipeline import Inputs, Pipeline
+from pretrain.parallel.replicas import Replicas
 from pretrain.parallel.token_losses import TokenLoss, step_tokens, step_tokens_in_stages
+from pretrain.parallel.updater import Updater
 from pretrain.parallel.zero import Zero
 
 
@@ -42,13 +44,18 @@ class Stepped:
         return math.isfinite(self.grad_norm)
 
 
+def _updater(layout: Layout) -> type[Replicas] | type[Zero]:
+    """What trains under a layout."""
+    return Zero if layout.zero else Replicas
+
+
 class Engine:
     """A model with its optimizer under a layout. Every rank calls every method, in the same order."""
 
     def __init__(self, model: DualEncoder | Captioner, recipe: Recipe, layout: Layout, ranks: Ranks) -> None:
         self.ranks, self.layout = ranks, layout
-        self.zero = Zero(model, recipe, layout, ranks)
-        self.optimizer = self.zero.optimizer
+        self.updater: Updater = _updater(layout)(model, recipe, layout, ranks)
+        self.optimizer = self.updater.optimizer
         self._pipeline = Pipeline(layout)
         self._lengths, self._embed_dim = recipe.model.sequence_lengths, recipe.model.embed_dim
         self._context = recipe.model.text.context
@@ -58,13 +65,13 @@ class Engine:
     @property
     def model(self) -> DualEncoder | Captioner:
         """This rank's chunks; under ZeRO-3 their parameters are pieces, gathered while a module runs."""
-        model = self.zero.model
+        model = self.updater.model
         assert isinstance(model, DualEncoder | Captioner)
         return model
 
     def close(self) -> None:
         """Nothing can be trained any more, and memory is given back."""
-        self.zero.close()
+        self.updater.close()
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """This rank's parameters by their names in the whole model; frozen ones need no gradient."""
@@ -75,10 +82,10 @@ class Engine:
 
         Nothing changes where the loss is above the limit, or gradients are not finite.
         """
-        self.zero.begin(lr)
+        self.updater.begin(lr)
         self._joint.limit = self._tokens.limit = loss_limit
         outcome = self._run(batch)
-        return Stepped(outcome.loss, outcome.losses, self.zero.grad_norm, outcome.logit_scale)
+        return Stepped(outcome.loss, outcome.losses, self.updater.grad_norm, outcome.logit_scale)
 
     def _run(self, batch: Batch) -> Outcome:
         size, staged = self.layout.micro_batch, self.layout.pp > 1
@@ -87,13 +94,13 @@ class Engine:
         parts = [batch.rows(slice(at, at + size)) for at in range(0, len(batch), size)]
         if isinstance(self.model, Captioner):
             if staged:
-                return step_tokens_in_stages(self.zero, self._pipeline, parts, lengths, self._tokens)
-            return step_tokens(self.zero, parts, self._tokens)
+                return step_tokens_in_stages(self.updater, self._pipeline, parts, lengths, self._tokens)
+            return step_tokens(self.updater, parts, self._tokens)
         if staged:
-            return step_in_stages(self.zero, self._pipeline, parts, lengths, self._joint)
+            return step_in_stages(self.updater, self._pipeline, parts, lengths, self._joint)
         if len(parts) == 1:
-            return step_at_once(self.zero, batch, self._joint)
-        return step_with_cache(self.zero, parts, self._joint)
+            return step_at_once(self.updater, batch, self._joint)
+        return step_with_cache(self.updater, parts, self._joint)
 
     # --- for evaluation
 

@@ -14,6 +14,7 @@ from pretrain.errors import RequestError
 from pretrain.sections import VOCABULARY_MULTIPLE
 
 TEXT_STEP = 8  # tokens
+SMALL = 100_000_000  # parameters of a rank: gradients and moments of 1.2 GB
 
 
 @dataclass(frozen=True)
@@ -113,14 +114,20 @@ def lay_out(recipe: Recipe, world: int) -> Layout:
 
 
 def _stage(recipe: Recipe, sharing: int) -> int:
-    """The stage of ZeRO: of stage 1, nothing is left where no ranks share, but the copies into flat tensors.
-
-    These are about 6% of the CPU time of a quickstart step on one rank and thread. In bf16 stage 1 also keeps the fp32
-    sums, and so it stays.
-    """
+    """The stage of ZeRO: by default 0 in fp32 where nobody shares, or where the whole state is small."""
     asked = recipe.layout
-    alone = sharing == 1 and recipe.train.precision == "fp32" and not asked.offload
-    return 0 if asked.zero == 1 and alone else asked.zero
+    if asked.zero is not None:
+        return asked.zero
+    if asked.offload or recipe.train.precision != "fp32":
+        return 1
+    return 0 if sharing == 1 or _numbers(recipe) <= SMALL * asked.tp * asked.pp else 1
+
+
+def _numbers(recipe: Recipe) -> float:
+    """In the matrices of the towers and the token table."""
+    towers = recipe.model.towers.values()
+    layers = sum(each.layers * each.width**2 * (4 + 2 * each.mlp_ratio) for each in towers)
+    return layers + recipe.model.text.token_rows * recipe.model.text.width
 
 
 def _refuse_wrong_combinations(recipe: Recipe) -> None:
@@ -134,7 +141,7 @@ def _refuse_wrong_combinations(recipe: Recipe) -> None:
             "layout.zero=0 with train.precision=bf16 would add up the gradients of microbatches and ranks in bf16, "
             "because DeepSpeed keeps fp32 sums only from ZeRO-1 on: use layout.zero=1"
         )
-    if asked.zero >= 2 and asked.pp > 1:
+    if asked.zero in (2, 3) and asked.pp > 1:
         raise RequestError(
             f"layout.zero={asked.zero} with layout.pp={asked.pp} would reduce gradients at each microbatch, while "
             "others are still in the pipeline: use layout.zero=1, or layout.pp=1"
@@ -152,7 +159,7 @@ def _refuse_wrong_combinations(recipe: Recipe) -> None:
             f"data.aspect is {recipe.data.aspect}, so sequences differ from step to step, and layout.{cut[0]} needs "
             "them of one length: use layout.tp or layout.zero, or data.aspect=1"
         )
-    if asked.offload and asked.zero < 1:
+    if asked.offload and asked.zero == 0:
         raise RequestError("layout.offload keeps the optimizer of ZeRO on the host: use layout.zero=1 or more")
 
 

@@ -20,7 +20,7 @@ from pretrain.objectives import OBJECTIVES
 from pretrain.parallel.embedding_cache import Outcome
 from pretrain.parallel.groups import Ranks
 from pretrain.parallel.pipeline import Pipeline
-from pretrain.parallel.zero import Zero
+from pretrain.parallel.updater import Updater
 from pretrain.sections import Objective
 
 
@@ -71,25 +71,25 @@ class TokenLoss:
         return (losses * losses.new_tensor([each.weight for each in self.objectives])).sum()
 
 
-def step_tokens(zero: Zero, parts: Sequence[Batch], loss_of: TokenLoss) -> Outcome:
+def step_tokens(updater: Updater, parts: Sequence[Batch], loss_of: TokenLoss) -> Outcome:
     """Without stages."""
     loss_of.begin(parts)
     for part in parts:
-        zero.backward(loss_of(zero.forward(part.image, part.text)["token_losses"]))
+        updater.backward(loss_of(updater.forward(part.image, part.text)["token_losses"]))
     return loss_of.outcome()
 
 
 def step_tokens_in_stages(
-    zero: Zero, pipeline: Pipeline, parts: Sequence[Batch], lengths: Mapping[str, int], loss_of: TokenLoss
+    updater: Updater, pipeline: Pipeline, parts: Sequence[Batch], lengths: Mapping[str, int], loss_of: TokenLoss
 ) -> Outcome:
     """With pipeline stages."""
-    model = zero.model
+    model = updater.model
     assert isinstance(model, Captioner)
     loss_of.begin(parts)
     (length,) = lengths.values()
     if parts[0].image.shape[-1] == 0:
         length = parts[0].text.shape[1]  # captions alone
-    with zero.gathering():
+    with updater.gathering():
         pipeline.backpropagate(
             model.decoder, [(part.image, part.text) for part in parts], length, lambda _, sums: loss_of(sums)
         )

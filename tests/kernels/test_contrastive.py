@@ -334,7 +334,7 @@ def test_what_does_not_fit_is_refused_with_both_shapes() -> None:
         sigmoid_loss(x.half(), y.half(), one, one, products=torch.float16)
     with pytest.raises(ValueError, match=r"negatives are torch\.float64 \[5, 2\] and x torch\.float64 \[4, 3\]"):
         contrastive_loss(x, y, one, negatives_MD=torch.zeros(5, 2, dtype=torch.float64))
-    with pytest.raises(ValueError, match="exchange='star' is none of gather, ring"):
+    with pytest.raises(ValueError, match="exchange='star' is none of auto, replicate, gather, ring"):
         sigmoid_loss(x, y, one, one, exchange="star")
     for number_, what in ((one[None], r"\[1\]"), (10.0, "float")):
         with pytest.raises(ValueError, match=f"scale or bias is {what}: they must be scalar tensors"):

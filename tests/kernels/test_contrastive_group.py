@@ -1,6 +1,6 @@
 """The contrastive losses over groups of ranks, against one process with the whole batch and against the definitions.
 
-Both exchanges, one to eight ranks with uneven and empty shares, groups in which a rank has another number than in the
+All exchanges, one to eight ranks with uneven and empty shares, groups in which a rank has another number than in the
 world, extra negatives, the fallback, torch.compile, and parameters under data parallelism.
 """
 
@@ -179,7 +179,7 @@ def test_a_group_gives_what_one_process_gives(world: int) -> None:
                             msg=lambda text, about=(case, members, rank, exchange): f"{about}: {text}",
                         )
                         compared += 1
-    assert compared >= 4 * len(CASES) * world - 4 * world
+    assert compared >= 2 * len(EXCHANGES) * (len(CASES) - 1) * world
 
 
 # --- the definition that CLIP and SigLIP are trained with, over ranks
@@ -241,7 +241,7 @@ def samples(pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def steps_on_rank(rank: int, sizes: list[int]) -> dict[str, Numbers]:
-    """One training step with our losses, by either exchange, and the library's where shares are equal."""
+    """One training step with our losses, by each exchange, and the library's where shares are equal."""
     before = sum(sizes[:rank])
     own = [each[before : before + sizes[rank]] for each in samples(sum(sizes))]
     found = {}
@@ -266,7 +266,7 @@ def test_averaged_parameter_gradients_are_those_of_one_process_and_of_the_public
     one_process = {loss.__name__: step(*samples(20), loss, torch.clone) for loss in (contrastive_loss, sigmoid_loss)}
     for results in on_ranks(len(sizes)):
         found = results[str(sizes)]
-        assert len(found) == (6 if len(set(sizes)) == 1 else 4)
+        assert len(found) == 2 * len(EXCHANGES) + 2 * (len(set(sizes)) == 1)
         for name, mine in found.items():
             expected = one_process["sigmoid_loss" if "sig" in name else "contrastive_loss"]
             assert all(each.norm() > 1e-6 for each in mine)
@@ -298,7 +298,7 @@ def compiled_on_rank(rank: int, world: int) -> list[tuple[Numbers, Numbers]]:
 @pytest.mark.parametrize("world", [1, 2])
 def test_compiles_with_a_group(world: int) -> None:
     for found in on_ranks(world):
-        assert len(found["compiled"]) == 4
+        assert len(found["compiled"]) == 2 * len(EXCHANGES)
         for eager, compiled in found["compiled"]:
             torch.testing.assert_close(compiled, eager, atol=0, rtol=0)
 
@@ -318,26 +318,32 @@ def broken_on_rank(rank: int) -> list[float]:
 
 def test_what_is_not_a_number_on_one_rank_is_seen_by_all() -> None:
     for found in on_ranks(2):
-        assert len(found["broken"]) == 8
+        assert len(found["broken"]) == 4 * len(EXCHANGES)
         assert not any(map(math.isfinite, found["broken"]))
 
 
 def collectives_on_rank(rank: int) -> dict[str, int]:
-    """How many there are in a loss with its gradients, by gathering."""
-    found = {}
+    """How many there are in a loss with its gradients, by gathering, and as few pairs do it."""
+    found: dict[str, int] = {}
     for case in (CASES[0], CASES[2], CASES[8]):
         own = [share(each, case.rows, [0, 1, 2, 3], rank) for each in batch(case, [0, 1, 2, 3])]
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-            numbers(case, own, public(case), group=dist.group.WORLD, exchange="gather")
-        events = [event.name for event in profiler.events() or []]
-        found[f"{case.loss} {case.smoothing}"] = sum(name.startswith("c10d::") for name in events)
+        for exchange in ("gather", "auto"):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+                numbers(case, own, public(case), group=dist.group.WORLD, exchange=exchange)
+            events = [event.name for event in profiler.events() or []]
+            found[f"{exchange} {case.loss} {case.smoothing}"] = sum(name.startswith("c10d::") for name in events)
     return found
 
 
 def test_few_collectives_make_a_loss() -> None:
-    """Sizes, columns, sums of columns (InfoNCE), gradients of columns, totals; one more for smoothed labels."""
+    """Sizes, columns, sums of columns (InfoNCE), gradients of columns, totals; one more for smoothed labels.
+
+    Of few pairs: sizes, and rows with their columns.
+    """
     for found in on_ranks(4):
-        assert found["collectives"] == {"contrastive 0.0": 5, "contrastive 0.1": 6, "sigmoid 0.0": 4}
+        few = {"auto contrastive 0.0": 2, "auto contrastive 0.1": 2, "auto sigmoid 0.0": 2}
+        many = {"gather contrastive 0.0": 5, "gather contrastive 0.1": 6, "gather sigmoid 0.0": 4}
+        assert found["collectives"] == {**few, **many}
 
 
 def half_on_rank(rank: int, world: int) -> list[tuple[Numbers, Numbers]]:
@@ -359,7 +365,7 @@ def half_on_rank(rank: int, world: int) -> list[tuple[Numbers, Numbers]]:
 @pytest.mark.parametrize("world", [2, 4])
 def test_bf16_embeddings_over_a_group(world: int) -> None:
     for found in on_ranks(world):
-        assert len(found["half"]) == 4
+        assert len(found["half"]) == 2 * len(EXCHANGES)
         for (loss, *rest), (loss_truth, *rest_truth) in found["half"]:
             torch.testing.assert_close(loss.double(), loss_truth, atol=0, rtol=5e-6)
             for mine, truth in zip(rest, rest_truth, strict=True):
@@ -389,5 +395,5 @@ def held_on_rank(rank: int) -> dict[str, int]:
     return most
 
 
-def test_a_ring_never_holds_all_rows_and_both_repeat_themselves() -> None:
-    assert [each["held"] for each in on_ranks(4)] == [{"gather": 24, "ring": 6}] * 4
+def test_a_ring_never_holds_all_rows_and_all_repeat_themselves() -> None:
+    assert [each["held"] for each in on_ranks(4)] == [{"replicate": 24, "gather": 24, "ring": 6}] * 4

@@ -14,7 +14,7 @@ def test_every_layout_of_the_table_is_one(ranks: int) -> None:
     base = ["model.text.layers=4", "train.global_batch=64"]
     recipe = load_recipe("quickstart", base)
     found = layouts(recipe, ranks)
-    assert len(found) == (2 if ranks == 1 else 8)
+    assert len(found) == (2 if ranks == 1 else 9)
     sizes = set()
     for count, overrides in found.values():
         layout = lay_out(load_recipe("quickstart", base + overrides), count)

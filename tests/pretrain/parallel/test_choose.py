@@ -36,7 +36,7 @@ def test_what_is_not_asked_for_is_left_alone() -> None:
 
 def test_a_small_model_needs_nothing_special() -> None:
     chosen = with_layout(load_recipe("quickstart", ["layout=auto"]), 4, memory_gib=16)
-    assert (chosen.layout.zero, chosen.layout.tp, chosen.layout.pp, chosen.layout.recompute) == (1, 1, 1, "none")
+    assert (chosen.layout.zero, chosen.layout.tp, chosen.layout.pp, chosen.layout.recompute) == (None, 1, 1, "none")
     assert not chosen.layout.auto
     assert chosen.train.micro_batch is None
 

@@ -38,6 +38,31 @@ def test_the_ranks_share_the_batch(
     assert f"dp{dp} x tp{tp}, ZeRO-{layout.zero}, {count} microbatch" in str(layout)
 
 
+LARGE = ["model.vision={layers: 24, width: 1024, heads: 16}", "model.text={layers: 12, width: 768, heads: 12}"]
+
+
+@pytest.mark.parametrize(
+    ("world", "overrides", "stage"),
+    [
+        (1, [], 0),
+        (8, [], 0),
+        (2, ["layout.tp=2"], 0),
+        (2, ["train.precision=bf16"], 1),
+        (1, ["train.precision=bf16"], 1),
+        (1, ["layout.offload=true"], 1),
+        (2, ["layout.zero=1"], 1),
+        (1, ["layout.zero=1"], 1),
+        (1, LARGE, 0),
+        (2, LARGE, 1),
+        (2, [*LARGE, "layout.cp=2"], 1),
+        (8, [*LARGE, "layout.tp=4"], 0),
+        (2, [*LARGE, "layout.zero=0"], 0),
+    ],
+)
+def test_the_state_is_shared_where_it_is_large(world: int, overrides: list[str], stage: int) -> None:
+    assert lay_out(recipe(*overrides), world).zero == stage
+
+
 REFUSED = [
     (2, ["layout.vpp=2", "train.micro_batch=6"], ["layout.vpp is 2", "no stages", "layout.pp=2"]),
     (2, ["layout.pp=2", "layout.zero=2"], ["layout.zero=2", "layout.pp=2", "at each microbatch", "use layout.zero=1"]),

@@ -18,7 +18,7 @@ from pretrain.parallel.engine import Engine
 from pretrain.parallel.groups import start_ranks, stop_ranks
 from pretrain.parallel.layout import lay_out
 from pretrain.parallel.memory import Place, memory_of, parameter_sizes
-from pretrain.parallel.zero import Zero
+from pretrain.parallel.updater import Updater
 
 WIDE = ["model.vision.width=128", "model.text.width=96", "run.device=cpu"]
 BF16 = ["train.precision=bf16"]
@@ -70,7 +70,6 @@ def _living() -> int:
 def measure(rank: int, world: int) -> list[dict[str, Any]]:
     """Of each case: what is counted, and what is there in the second step."""
     found = []
-    update = Zero._update
     for model, overrides in WORLDS[world]:
         recipe = recipe_of(model, WIDE + overrides)
         layout = lay_out(recipe, world)
@@ -78,19 +77,21 @@ def measure(rank: int, world: int) -> list[dict[str, Any]]:
         ranks = start_ranks(layout, torch.device("cpu"))
         engine = Engine(build_model(recipe, layout, ranks), recipe, layout, ranks)
         held: list[int] = []
+        updater = type(engine.updater)
+        update = updater._update
 
-        def look_and_update(zero: Zero, before: int = before, held: list[int] = held) -> None:
+        def look_and_update(self: Updater, before: int = before, held: list[int] = held, update: Any = update) -> None:
             held.append(living() - before)
-            update(zero)
+            update(self)
 
         first = ranks.dp_rank * layout.share
         batch = made_up_batch(0).rows(slice(first, first + layout.share))
         batch.text[:, 1:-1], batch.text[:, -1] = 5, EOS  # captions that fill the context, as the count takes them to do
         engine.step(batch, 1e-3)
-        Zero._update = look_and_update  # type: ignore[method-assign]
+        updater._update = look_and_update  # type: ignore[method-assign]
         with SavedBytes(engine.model.parameters()) as saved:
             engine.step(batch, 1e-3)
-        Zero._update = update  # type: ignore[method-assign]
+        updater._update = update  # type: ignore[method-assign]
         counted = memory_of(recipe, layout, ranks.pp_rank)
         sizes = sum(size for _, size in parameter_sizes(recipe, Place(ranks.pp_rank, layout)))
         found.append(
