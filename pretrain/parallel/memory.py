@@ -1,7 +1,7 @@
 """What one rank of a layout holds at the end of a step's backward pass, counted from the recipe; nothing is built.
 
-Parameters are counted piece by piece as the models lay them out. Bytes of gradients and optimizer state are DeepSpeed's
-(P parameters of the rank, Z ranks that ZeRO shards over, b bytes of a parameter):
+Parameters are counted piece by piece as the models lay them out. Bytes of gradients and optimizer state are ours at
+ZeRO-0 and DeepSpeed's from 1 on (P parameters of the rank, Z ranks that ZeRO shards over, b bytes of a parameter):
 
                   parameters   gradients                  optimizer
     ZeRO-0        b P          4 P                        8 P

@@ -1,7 +1,7 @@
 """bf16 models whose logit scale and bias stay fp32: what DeepSpeed 0.19 takes for granted about one precision.
 
 A learned temperature moves by less than a bf16 number can: from 54.6 on its steps are 3 %. So these parameters are
-fp32, in groups of their own (`zero.parameter_groups`), under every ZeRO stage. Each entry of `keep_precisions` names
+fp32, in groups of their own (`updater.parameter_groups`), under every ZeRO stage. Each entry of `keep_precisions` names
 the lines that would cast them, or that lay all parameters into one tensor.
 """
 
