@@ -76,7 +76,7 @@ def add_up_sequence_pieces(model: torch.nn.Module, group: dist.ProcessGroup) -> 
 
 def on_both_ends(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     """A token table on the first and on the last stage is one parameter, whose gradients belong together."""
-    return [each for each in model.parameters() if getattr(each, "on_both_ends", False)]
+    return [each for each in model.parameters() if getattr(each, "on_both_ends", False) and each.requires_grad]
 
 
 def adamw(groups: list[dict[str, Any]], train: Train, fused: bool | None) -> torch.optim.AdamW:
