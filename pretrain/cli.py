@@ -262,10 +262,14 @@ def bench_data(
     ray: Annotated[
         bool, typer.Option("--ray", help="Compare the loader on Ray with the one in process instead.")
     ] = False,
+    width: Annotated[int, typer.Option(min=1, help="Width of the made-up photographs, in pixels.")] = 512,
+    height: Annotated[int, typer.Option(min=1, help="Their height.")] = 384,
     json_: Json = False,
 ) -> None:
     """Compare the loader with webdataset and other installed loaders on the same shards."""
     if ray:
+        if (width, height) != (512, 384):
+            raise RequestError("--ray measures photographs of 512 x 384: leave --width and --height away")
         from data_pipeline.bench.on_ray import bench_ray
 
         measured = bench_ray()
@@ -273,7 +277,7 @@ def bench_data(
         return
     from data_pipeline.bench.loader import bench_loader
 
-    result = bench_loader()
+    result = bench_loader(width=width, height=height)
     print(json.dumps(result.as_dict()) if json_ else str(result))
 
 

@@ -172,7 +172,12 @@ class Text(Tower):
     context: int = Field(
         32, ge=3, description="length of a caption in tokens, including begin and end marks; longer ones are cut"
     )
-    vocab_size: int = Field(1024, ge=260, description="size of the byte-level BPE vocabulary")
+    vocab_size: int = Field(
+        1024,
+        ge=260,
+        description="largest size of the byte-level BPE vocabulary; above 1024, a tokenizer trained on the data has at "
+        "most two ids for three captions",
+    )
     causal: bool = Field(True, description="true: a token attends only to earlier ones; false: to the whole caption")
 
     @property
