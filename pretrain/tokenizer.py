@@ -17,8 +17,8 @@ from pretrain.parallel.first import from_first
 from pretrain.parallel.groups import Ranks
 
 CAPTIONS_FOR_TOKENIZER = 200_000
-# a row of the token table learns from the captions that hold its id: 4,096 ids gain two points of recall where there are
-# 7,000 captions, and cost as much where there are 700 (README)
+# a row of the token table learns from the captions that hold its id: 4,096 ids gain two points of recall where there
+# are 7,000 captions, and cost as much where there are 700 (README)
 CAPTIONS_AN_ID, LEAST_IDS = 1.5, 1024
 
 
