@@ -25,7 +25,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from data_pipeline.errors import DataError, first_bytes
+from data_pipeline.errors import DataError, first_bytes, first_line
 from data_pipeline.exif import ORIENTATION, UPRIGHT, jpeg_orientation
 
 MAX_PIXELS = 64e6
@@ -133,9 +133,9 @@ def _decode_with_pillow(data: bytes, kind: str, max_pixels: float) -> np.ndarray
     except UnidentifiedImageError as error:  # whose own text names an object in memory
         raise DataError(f"damaged {kind}: its header cannot be read") from error
     except Image.DecompressionBombError as error:  # Pillow's own limit, which it checks before we see the size
-        raise DataError(f"refused before decoding, as a decompression bomb would be: {error}") from error
+        raise DataError(f"refused before decoding, as a decompression bomb would be: {first_line(error)}") from error
     except Exception as error:  # hostile bytes raise nearly anything in Pillow: struct, zlib, Syntax, Index, ...
-        raise DataError(f"damaged {kind}: {error}") from error
+        raise DataError(f"damaged {kind}: {first_line(error)}") from error
 
 
 def _upright(image: np.ndarray, orientation: int) -> np.ndarray:

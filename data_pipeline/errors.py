@@ -25,9 +25,16 @@ class DamagedSampleError(DataError):
         return f"sample {self.key!r} in {self.shard}: {self.reason}" if self.shard else self.reason
 
 
+LONGEST_REASON = 300  # characters
+
+
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line: those of Arrow and Ray go on, or end in a line break."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    """What a library's error says, in one line of plain text that is not too long.
+
+    Those of Arrow and Ray go on, or end in a line break; those of NumPy repeat what they cannot read.
+    """
+    line = printable(str(error).strip().partition("\n")[0]) or type(error).__name__
+    return line if len(line) <= LONGEST_REASON else line[: LONGEST_REASON - 4] + " ..."
 
 
 def first_bytes(data: bytes, most: int = 8) -> str:

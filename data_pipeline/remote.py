@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, first_line
 from data_pipeline.folder import ignored_names, is_shard
 from data_pipeline.index import (
     INDEX_FILE,
@@ -354,10 +354,10 @@ class RemoteFiles:
                 return attempt()
             except Exception as error:  # each client has errors of its own
                 if isinstance(error, PermissionError) or getattr(error, "status", 0) in (401, 403):
-                    raise DataError(f"{what}: {error}") from error
+                    raise DataError(f"{what}: {first_line(error)}") from error
                 patience = MISSING if isinstance(error, FileNotFoundError) else PATIENCE
                 if time.monotonic() - began > patience:
-                    raise DataError(f"{what} for {patience:.0f} s: {error or type(error).__name__}") from error
+                    raise DataError(f"{what} for {patience:.0f} s: {first_line(error)}") from error
                 self._client = None
                 time.sleep(pause * random.uniform(0.5, 1.5))
                 pause = min(2 * pause, LONGEST_PAUSE)
@@ -381,7 +381,7 @@ class RemoteFiles:
             url = encoded(self.url) if self._is_web else self.url
             self._client, self._root = fsspec.core.url_to_fs(url, **options)
         except (ValueError, ImportError) as error:
-            raise ValueError(f"{self.url} cannot be read: {error}") from error
+            raise ValueError(f"{self.url} cannot be read: {first_line(error)}") from error
         self._process = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from scipy.signal import resample_poly
 from scipy.signal.windows import hann
 from scipy.sparse import csr_array
 
-from data_pipeline.errors import DataError, first_bytes
+from data_pipeline.errors import DataError, first_bytes, first_line
 
 MAX_SAMPLES = 64e6  # over all channels: 22 minutes at 48 kHz, 256 MB decoded
 MAX_CHANNELS = 32
@@ -66,7 +66,7 @@ def decode_sound(data: bytes, *, max_samples: float = MAX_SAMPLES) -> tuple[np.n
     except soundfile.LibsndfileError as error:  # whose own text names an object in memory
         raise DataError(f"damaged {kind}: {error.error_string}") from error
     except Exception as error:  # hostile bytes: RuntimeError, TypeError, MemoryError, ...
-        raise DataError(f"damaged {kind}: {error}") from error
+        raise DataError(f"damaged {kind}: {first_line(error)}") from error
     if len(wave) < length or _ends_early(data, kind):
         raise DataError(f"damaged {kind}: it ends early, after {len(wave) / rate:.2f} s")
     if not len(wave):

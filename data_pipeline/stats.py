@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_pipeline.errors import DamagedSampleError, DataError
+from data_pipeline.errors import DamagedSampleError, DataError, first_line
 from data_pipeline.files import LocalFiles
 from data_pipeline.index import TABLES, Index, complete_tables
 from data_pipeline.order import Order
@@ -174,7 +174,7 @@ def image_size(data: bytes) -> tuple[int, int]:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # nothing is decompressed
             return Image.open(io.BytesIO(data), formats=["JPEG", "PNG", "WEBP"]).size
     except Exception as error:  # hostile bytes raise nearly anything in Pillow
-        raise DataError(f"no header of an image: {error}") from error
+        raise DataError(f"no header of an image: {first_line(error)}") from error
 
 
 def sound_seconds(data: bytes) -> float:
@@ -184,7 +184,7 @@ def sound_seconds(data: bytes) -> float:
     try:
         return float(soundfile.info(io.BytesIO(data)).duration)
     except (soundfile.LibsndfileError, RuntimeError, ValueError, TypeError) as error:
-        raise DataError(f"no header of a sound: {error}") from error
+        raise DataError(f"no header of a sound: {first_line(error)}") from error
 
 
 class _Seen:

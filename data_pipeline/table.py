@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-import zlib
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.lib import format as npy
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, first_line
 from data_pipeline.tar import BLOCK
 
 PLACES = {
@@ -35,10 +34,6 @@ DETAILS = {
 TEXTS = {"field_names": np.uint8, "checksum": np.uint8, "label_names": np.uint8, "digest": np.uint8}
 KINDS = {**PLACES, **DETAILS, **TEXTS, "aspect": np.float32}  # every array of a table, and of what it is
 SPARE = 1 << 20  # bytes that a table may have beyond those of the tar itself
-DAMAGE = (
-    *(OSError, EOFError, ValueError, KeyError, TypeError, SyntaxError, MemoryError, RecursionError, RuntimeError),
-    *(OverflowError, zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error),
-)  # what a damaged zip file, array header or JSON raises in their readers
 
 
 @dataclass(frozen=True)
@@ -133,9 +128,8 @@ def read_stored(path: Path, tar_bytes: int) -> tuple[ShardTable, str]:
         _refuse(_unsound(table, tar_bytes))
     except FileNotFoundError:
         raise
-    except DAMAGE as error:
-        words = str(error) if isinstance(error, DataError) else str(error) or type(error).__name__
-        raise DataError(f"{path} is damaged ({words.splitlines()[0] if words else 'it cannot be read'})") from error
+    except Exception as error:  # readers of zip files, array headers and JSON raise whatever comes of noise
+        raise DataError(f"{path} is damaged ({first_line(error)})") from error
     return table, checksum
 
 

@@ -33,7 +33,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, first_line
 
 PAD, EOS, BOS, MASK = 0, 1, 2, 3
 MARKERS = ("<pad>", "<eos>", "<bos>", "<mask>")  # position = id
@@ -51,7 +51,7 @@ class Tokenizer:
         try:
             self._bpe = tokenizers.Tokenizer.from_str(definition)
         except Exception as error:  # the library raises nothing narrower for a damaged vocabulary
-            raise ValueError(f"its vocabulary is damaged ({error})") from error
+            raise ValueError(f"its vocabulary is damaged ({first_line(error)})") from error
         # Markers inside a caption are text. The JSON does not hold this flag, so it is set here.
         self._bpe.encode_special_tokens = True
         self._longest = max(len(token) for token in self._bpe.get_vocab())  # bytes; a character is at least one
@@ -93,7 +93,7 @@ class Tokenizer:
         try:
             return cls(path.read_text(encoding="utf-8"))
         except ValueError as error:  # UnicodeDecodeError is one too
-            raise ValueError(f"{path} is not a weft tokenizer: {error}") from error
+            raise ValueError(f"{path} is not a weft tokenizer: {first_line(error)}") from error
 
     def save(self, path: str | Path) -> None:
         """Write the tokenizer as JSON; the file appears whole or not at all."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from data_pipeline import (
     open_dataset,
 )
 from data_pipeline.bake import baked_side
+from data_pipeline.errors import DataError
 from data_pipeline.index import written_whole
 from pretrain.config import Recipe
 from pretrain.errors import RequestError
@@ -96,13 +97,23 @@ def picture_aspects(recipe: Recipe, dataset: Dataset | Joined, ranks: Ranks) -> 
     path = recipe.run.dir / f"aspects-{dataset.fingerprint[:12]}.npy"
 
     def collect() -> None:
-        if not path.is_file():
+        if _kept_aspects(path, len(dataset)) is None:
             with written_whole(path) as unfinished, unfinished.open("wb") as file:
                 np.save(file, dataset.aspects())
 
     from_first(collect, ranks)
-    aspects: np.ndarray = np.load(path, allow_pickle=False)
+    if (aspects := _kept_aspects(path, len(dataset))) is None:
+        raise DataError(f"{path} cannot be read here: every rank needs the run's folder")
     return aspects
+
+
+def _kept_aspects(path: Path, samples: int) -> np.ndarray | None:
+    """Those of an earlier start; None where the file is missing or damaged."""
+    try:
+        aspects: np.ndarray = np.load(path, allow_pickle=False)
+    except Exception:  # NumPy's reader raises whatever comes of noise
+        return None
+    return aspects if aspects.dtype == np.float32 and aspects.shape == (samples,) else None
 
 
 def shapes_of(order: ReadingOrder) -> str:

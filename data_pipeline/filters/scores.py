@@ -207,7 +207,7 @@ def _json_rows(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     except DataError:
         raise
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{table} is no table of JSON lines ({error})") from error
+        raise DataError(f"{table} is no table of JSON lines ({first_line(error)})") from error
 
 
 def _parquet_rows(table: Path, column: str) -> Iterator[tuple[str, dict[str, Any]]]:

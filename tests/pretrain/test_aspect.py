@@ -18,8 +18,9 @@ from data_pipeline.shards import write_shards
 from pretrain.config import Recipe, load_recipe
 from pretrain.errors import RequestError
 from pretrain.metrics import read_lines
+from pretrain.parallel.groups import start_alone, stop_ranks
 from pretrain.parallel.layout import lay_out
-from pretrain.sources import reading_order, shapes_of
+from pretrain.sources import picture_aspects, reading_order, shapes_of
 
 SHAPES = [(40, 40), (64, 36), (30, 66), (80, 30)]  # (width, height) by sample % 4
 STEPS = 12
@@ -114,6 +115,30 @@ def test_pictures_of_one_shape_are_refused(shards: Path) -> None:
         reading_order(recipe, data, np.ones(96))
     aspects = np.array([width / height for width, height in SHAPES * 24])
     assert shapes_of(reading_order(recipe, data, aspects)).startswith("pictures, by width x height: 48 of 72 x 32, ")
+
+
+@pytest.mark.parametrize("damage", ["noise", "header", "short", "none"])
+def test_aspects_that_are_kept_damaged_are_collected_again(shards: Path, tmp_path: Path, damage: str) -> None:
+    recipe, data = recipe_of(shards, f"run.dir={tmp_path}"), open_dataset(shards)
+    ranks = start_alone(torch.device("cpu"))
+    try:
+        truth = picture_aspects(recipe, data, ranks)
+        assert truth is not None
+        (kept,) = tmp_path.glob("aspects-*.npy")
+        whole = kept.read_bytes()
+        kept.write_bytes(
+            {
+                "noise": b"no array",
+                "header": whole[:20] + b"[" * 30 + whole[50:],  # NumPy's tokenizer has an error of its own
+                "short": whole[:-4],
+                "none": b"",
+            }[damage]
+        )
+        again = picture_aspects(recipe, data, ranks)
+    finally:
+        stop_ranks(ranks)
+    np.testing.assert_array_equal(again, truth)
+    assert kept.read_bytes() == whole
 
 
 def test_another_order_beside_it_is_refused(shards: Path) -> None:
