@@ -39,7 +39,7 @@ from pretrain.parallel.build import build_model
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.groups import Ranks, pick_device, start_ranks, stop_ranks, world_size
 from pretrain.parallel.layout import lay_out
-from pretrain.parallel.updater import parameter_groups
+from pretrain.parallel.updater import adamw, parameter_groups
 from pretrain.plain import PlainDualEncoder, plain_contrastive_loss
 
 Step = Callable[[Batch], float]  # trains on this rank's rows; the loss
@@ -194,13 +194,7 @@ def _weft_step(model: DualEncoder, recipe: Recipe, ranks: Ranks) -> Step:
 def _plain_step(plain: PlainDualEncoder, recipe: Recipe, ranks: Ranks, fused: bool | None) -> Step:
     train = recipe.train
     wrapped = DistributedDataParallel(plain, process_group=ranks.dp_group)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(plain, train.weight_decay),
-        lr=train.lr,
-        betas=(train.beta1, train.beta2),
-        eps=train.eps,
-        fused=fused,
-    )
+    optimizer = adamw(parameter_groups(plain, train.weight_decay), train, fused)
     half = train.precision == "bf16"
 
     def step(batch: Batch) -> float:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -240,10 +239,8 @@ def _layer(build: Build, causal: bool, *, pooled: bool) -> ModuleSpec:
                     k_layernorm=IdentityOp,
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=_norm(build),
             mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)),
-            mlp_bda=get_bias_dropout_add,
         ),
     )
 

@@ -44,17 +44,12 @@ class Stepped:
         return math.isfinite(self.grad_norm)
 
 
-def _updater(layout: Layout) -> type[Replicas] | type[Zero]:
-    """What trains under a layout."""
-    return Zero if layout.zero else Replicas
-
-
 class Engine:
     """A model with its optimizer under a layout. Every rank calls every method, in the same order."""
 
     def __init__(self, model: DualEncoder | Captioner, recipe: Recipe, layout: Layout, ranks: Ranks) -> None:
         self.ranks, self.layout = ranks, layout
-        self.updater: Updater = _updater(layout)(model, recipe, layout, ranks)
+        self.updater: Updater = (Zero if layout.zero else Replicas)(model, recipe, layout, ranks)
         self.optimizer = self.updater.optimizer
         self._pipeline = Pipeline(layout)
         self._lengths, self._embed_dim = recipe.model.sequence_lengths, recipe.model.embed_dim

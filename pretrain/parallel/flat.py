@@ -22,7 +22,7 @@ ROW = 1024  # numbers
 
 
 @dataclass(frozen=True)
-class Place:
+class Slot:
     """Where a parameter lies: numbers [start, start + numel)."""
 
     start: int
@@ -43,11 +43,11 @@ class Flat:
     """The weights and the gradients of lists of parameters of one precision, one list after the other."""
 
     def __init__(self, lists: Sequence[Sequence[torch.nn.Parameter]]) -> None:
-        self.places: dict[torch.nn.Parameter, Place] = {}
+        self.places: dict[torch.nn.Parameter, Slot] = {}
         bounds, end = [0], 0
         for parameters in lists:
             for parameter in parameters:
-                self.places[parameter] = place = Place(end, parameter.numel(), parameter.shape)
+                self.places[parameter] = place = Slot(end, parameter.numel(), parameter.shape)
                 end = place.end
             end = _rounded(end, ROW)
             bounds.append(end)
@@ -69,11 +69,11 @@ class Flat:
         """A view of its gradient, in its shape."""
         return self.places[parameter].of(self.gradients)
 
-    def in_group(self, parameter: torch.nn.Parameter) -> tuple[torch.nn.Parameter, Place]:
+    def in_group(self, parameter: torch.nn.Parameter) -> tuple[torch.nn.Parameter, Slot]:
         """The group that a parameter is in, and where in it."""
         place = self.places[parameter]
         number = max(n for n, start in enumerate(self._starts) if start <= place.start)
-        return self.groups[number], Place(place.start - self._starts[number], place.numel, place.shape)
+        return self.groups[number], Slot(place.start - self._starts[number], place.numel, place.shape)
 
     def gradient_norm(self) -> float:
         """Of all gradients: rows in fp32, their squares added up in fp64."""
