@@ -11,7 +11,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
@@ -42,8 +42,9 @@ def meet(job: Job, patience: float) -> dist.Store:
         store.add("here", 1)
         while store.add("here", 0) < job.world:
             if store.check(["failed"]):
-                store.add("heard", 1)
-                raise WeftError(f"another rank could not start: {store.get('failed').decode()}")
+                said = store.get("failed").decode()
+                _in_background(_heard, store, job, min(patience, SPEAKS))
+                raise WeftError(f"another rank could not start: {said}")
             if time.monotonic() > end:
                 missing = [rank for rank in range(job.world) if not store.check([f"rank {rank}"])]
                 raise WeftError(_missing(missing, job, patience))
@@ -63,20 +64,29 @@ def telling_others(job: Job, patience: float) -> Iterator[None]:
     except Exception as error:
         if job.is_one_of_several:
             said = f"rank {job.rank} on {socket.gethostname()}: {first_line(error)}"
-            # no daemon: the process stays until the others know
-            threading.Thread(target=_tell, args=(job, said, min(patience, SPEAKS)), name="tell").start()
+            _in_background(_tell, job, said, min(patience, SPEAKS))
         raise
 
 
 def _tell(job: Job, said: str, patience: float) -> None:
     with suppress(dist.DistError, WeftError):  # nobody is there to be told
-        end = time.monotonic() + patience
         store = _store(job, patience)
         store.compare_set("failed", "", said)
+        _heard(store, job, patience)
+
+
+def _heard(store: dist.Store, job: Job, patience: float) -> None:
+    """This rank knows who has failed, and needs the store no more; who keeps it stays until all know."""
+    end = time.monotonic() + patience
+    with suppress(dist.DistError):
         store.add("heard", 1)
-        # who keeps the store stays until all have heard
         while _keeps_store(job) and store.add("heard", 0) < job.world and time.monotonic() < end:
             time.sleep(LOOKS)
+
+
+def _in_background(act: Callable[..., None], *its: object) -> None:
+    """So that a failure can be said at once. No daemon: the process stays until the others know."""
+    threading.Thread(target=act, args=its, name="tell").start()
 
 
 def _store(job: Job, patience: float) -> dist.Store:

@@ -215,9 +215,9 @@ def test_the_cache_keeps_its_bound(web: WebServer, tmp_path: Path) -> None:
         assert 0 < kept <= bound + bound // 16 + remote.PIECE
 
 
-def test_a_kind_of_url_that_nobody_knows() -> None:
+def test_a_kind_of_url_that_nobody_knows(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nonsense://x cannot be read: "):
-        open_dataset("nonsense://x", Cache(Path("unused")))
+        open_dataset("nonsense://x", Cache(tmp_path))
 
 
 # --- what changes at the URL

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
+import torch.distributed as dist
 
 from pretrain.errors import RequestError, WeftError
 from pretrain.job import Job
@@ -30,7 +32,7 @@ def together(*acts: Callable[[], object]) -> list[object]:
         try:
             results[number] = acts[number]()
         except Exception as error:
-            results[number] = error
+            results[number] = error.with_traceback(None)  # its frames would keep the store, as an ended process does not
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(len(acts))]
     for thread in threads:
@@ -50,13 +52,50 @@ def test_all_that_come_meet(job: Callable[[int, int], Job]) -> None:
     assert not [each for each in stores if isinstance(each, Exception)]
 
 
+def tells(told: object, failing: int) -> None:
+    assert isinstance(told, WeftError)
+    assert f"rank {failing} on " in str(told)
+    assert "no data set at x" in str(told)
+
+
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_rank_that_fails_tells_those_that_wait(job: Callable[[int, int], Job], failing: int) -> None:
     waiting = 1 - failing
     _, told = together(lambda: fail(job(failing, 2)), lambda: meet(job(waiting, 2), 40))
-    assert isinstance(told, WeftError)
-    assert f"rank {failing} on " in str(told)
-    assert "no data set at x" in str(told)
+    tells(told, failing)
+
+
+def test_who_keeps_the_store_stays_until_a_slow_rank_has_read(
+    job: Callable[[int, int], Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get = dist.PrefixStore.get
+
+    def slow(store: dist.PrefixStore, key: str) -> bytes:
+        time.sleep(1)
+        return get(store, key)
+
+    monkeypatch.setattr(dist.PrefixStore, "get", slow)
+    _, told = together(lambda: fail(job(0, 2)), lambda: meet(job(1, 2), 40))
+    tells(told, 0)
+
+
+def test_a_rank_that_comes_when_the_others_know_is_told_too(job: Callable[[int, int], Job]) -> None:
+    others_know = threading.Event()
+
+    def first() -> None:
+        try:
+            meet(job(0, 3), 40)
+        finally:
+            others_know.set()
+
+    def late() -> None:
+        others_know.wait(40)
+        time.sleep(1)
+        meet(job(2, 3), 40)
+
+    _, by_the_keeper, by_the_late = together(lambda: fail(job(1, 3)), first, late)
+    tells(by_the_keeper, 1)
+    tells(by_the_late, 1)
 
 
 def test_a_rank_that_does_not_come_is_named(job: Callable[[int, int], Job]) -> None:
