@@ -32,7 +32,7 @@ def together(*acts: Callable[[], object]) -> list[object]:
         try:
             results[number] = acts[number]()
         except Exception as error:
-            results[number] = error.with_traceback(None)  # its frames would keep the store, as an ended process does not
+            results[number] = error.with_traceback(None)  # whose frames would keep a store open
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(len(acts))]
     for thread in threads:
