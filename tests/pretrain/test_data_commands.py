@@ -321,6 +321,19 @@ def test_no_ray_and_no_word_why(monkeypatch: pytest.MonkeyPatch) -> None:
         connect("auto")
 
 
+def test_a_ray_of_its_own_that_comes_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    from data_pipeline.ray_cluster import connect, disconnect
+
+    def come_late(**settings: Any) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", come_late)
+    with pytest.raises(DataError, match=r"Ray did not start on this machine \(The current node timed out"):
+        connect("local")
+    disconnect()
+
+
 def test_order_is_of_one_data_set_and_within_its_epoch(parent: Path) -> None:
     with pytest.raises(ValueError, match=r"each with its own order: give .*train"):
         run("order", parent)
