@@ -34,7 +34,7 @@ MARK = "WEFT_TEST_MARK"
 LOG_CHARACTERS = 6000
 
 
-def in_private_network(function: Callable[..., Any], *arguments: Any, timeout: float = 240) -> Any:
+def in_private_network(function: Callable[..., Any], *arguments: Any, timeout: float = 1000) -> Any:
     """The result of the function; AssertionError with its output when it fails. Skips where it is not allowed."""
     if not _allowed():
         pytest.skip("making a network namespace is not allowed here (it needs root on Linux)")

@@ -113,7 +113,7 @@ class S3Server:
         command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
-        ends = time.monotonic() + 60
+        ends = time.monotonic() + 300
         while True:
             try:
                 self.client().create_bucket(Bucket="weft")

@@ -191,7 +191,7 @@ def test_a_peer_makes_the_same_images(name: str, tmp_path: Path) -> None:
         metadata.version(PEERS[name].distribution)
     except metadata.PackageNotFoundError:
         pytest.skip(f"{PEERS[name].distribution} is not installed")
-    found = in_private_network(_one_peer, name, str(tmp_path), timeout=900)
+    found = in_private_network(_one_peer, name, str(tmp_path))
     assert found["left"] == []
     peer = found["peer"]
     if isinstance(peer, str) and not peer.startswith("failed"):

@@ -32,7 +32,7 @@ from data_pipeline.shards import Origin, write_shards
 pytestmark = pytest.mark.timeout(600)
 
 
-def eventually(holds: Callable[[], bool], seconds: float = 120) -> None:
+def eventually(holds: Callable[[], bool], seconds: float = 400) -> None:
     """Wait until it holds."""
     ends = time.monotonic() + seconds
     while not holds():
@@ -329,7 +329,7 @@ def same_bytes(folder: Path) -> None:
 @pytest.mark.slow
 def test_an_import_and_a_filter_on_ray_write_the_same_bytes(tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    in_private_network(same_bytes, tmp_path, timeout=500)
+    in_private_network(same_bytes, tmp_path)
 
 
 def kills(folder: Path) -> dict[str, int]:
@@ -368,7 +368,7 @@ def kills(folder: Path) -> dict[str, int]:
 @pytest.mark.slow
 def test_killed_workers_and_lost_nodes_change_nothing(tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    assert in_private_network(kills, tmp_path, timeout=500) == {"worker": 2, "raylet": 2}
+    assert in_private_network(kills, tmp_path) == {"worker": 2, "raylet": 2}
 
 
 ORIGIN = Origin({"importer": "slow"}, "a" * 64)
@@ -434,7 +434,7 @@ def endings(folder: Path) -> None:
 
         with writer(address, folder / "stopped", 10) as process:
             os.killpg(process.pid, signal.SIGINT)
-            assert process.wait(120) != 0
+            assert process.wait(400) != 0
         assert not list(folder.glob("*stopped*"))
         eventually(lambda: not at_work())
     others = set(marked(os.environ[MARK]))
@@ -442,7 +442,7 @@ def endings(folder: Path) -> None:
         folders = ray_folders()
         assert folders
         os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(120) != 0
+        assert process.wait(400) != 0
     assert not list(folder.glob("*stopped*"))
     eventually(lambda: set(marked(os.environ[MARK])) <= others)
     assert not [path for path in folders if path.exists()]
@@ -452,7 +452,7 @@ def endings(folder: Path) -> None:
 @pytest.mark.slow
 def test_what_ends_in_the_middle_leaves_nothing_at_work(tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    in_private_network(endings, tmp_path, timeout=500)
+    in_private_network(endings, tmp_path)
 
 
 def command(folder: Path) -> dict[str, Any]:
@@ -488,7 +488,7 @@ def command(folder: Path) -> dict[str, Any]:
 @pytest.mark.slow
 def test_the_commands_take_a_ray(tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    trees = in_private_network(command, tmp_path, timeout=500)
+    trees = in_private_network(command, tmp_path)
     assert trees["import"]["train"]["samples"] == trees["filter"]["seen"] == 10
     assert trees["filter"]["kept"] > 0
 

@@ -90,7 +90,7 @@ def test_killed_and_interrupted_runs_go_on_as_if_nothing_had_happened(data: Path
     children = psutil.Process(process.pid).children(recursive=True)
     process.kill()  # SIGKILL, after the checkpoint of step 10 and before that of step 20
     process.wait()
-    assert psutil.wait_procs(children, timeout=100)[1] == [], "its ranks notice that their launcher is gone"
+    assert psutil.wait_procs(children, timeout=400)[1] == [], "its ranks notice that their launcher is gone"
     assert describe(run).step == 10
 
     process = weft(command)
