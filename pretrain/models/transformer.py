@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
+    checkpoint,
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
 )
@@ -59,10 +60,11 @@ class Norm(torch.nn.Module):
 
 
 class CoreAttention(torch.nn.Module):
-    """softmax(q k^T / sqrt(K)) v, through our kernel.
+    """softmax(q k^T / sqrt(K)) v, through our kernel: [S, B, H, X] -> [S, B, H K].
 
-    attention_mask: how many keys [B] to look at, or None; where the build is `batch_first` the places [B, S] of packed
-    tokens, or None. pooled: only the last token of each caption asks: [1, N, H, K] -> [B, 1, H K].
+    Each head has its q, k and v side by side, X = 3 K.
+    mask: how many keys [B] to look at, or None; where the build is `batch_first` the places [B, S] of packed tokens, or
+    None. pooled: only the last token of each caption asks: [1, N, H, X] -> [B, 1, H K].
     Context parallel ranks hold consecutive pieces of the sequence: each gathers the keys and values of all, and with a
     causal mask looks at those up to the end of its own piece (Llama 3, Dubey et al. 2024, section 3.3.2).
     """
@@ -82,29 +84,23 @@ class CoreAttention(torch.nn.Module):
         self.batch_first, self.pooled = batch_first, pooled
         self.context_group = parallel_state.get_context_parallel_group()
 
-    def forward(
-        self,
-        q_SBHK: torch.Tensor,
-        k_SBHK: torch.Tensor,
-        v_SBHK: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        **_: object,
-    ) -> torch.Tensor:
+    def forward(self, qkv_SBHX: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        q_SBHK, k_SBHK, v_SBHK = qkv_SBHX.chunk(3, dim=-1)
         if self.context_group.size() > 1:
             seen = len(q_SBHK) * (self.context_group.rank() + 1) if self.causal else None
             k_SBHK, v_SBHK = (
                 gather_from_sequence_parallel_region(each, group=self.context_group)[:seen] for each in (k_SBHK, v_SBHK)
             )
         packing = None
-        if self.batch_first and attention_mask is not None:
-            packing = Packing(attention_mask, q_SBHK.shape[1])
+        if self.batch_first and mask is not None:
+            packing = Packing(mask, q_SBHK.shape[1])
             (q_NHK,), (k_NHK,), (v_NHK,) = q_SBHK, k_SBHK, v_SBHK
             q_SBHK = packing.last(q_NHK).unsqueeze(1) if self.pooled else packing.unpack(q_NHK)
             k_SBHK, v_SBHK = packing.unpack(k_NHK), packing.unpack(v_NHK)
         to_BHSK = (0, 2, 1, 3) if self.batch_first else (1, 2, 0, 3)
         q, k, v = (x.permute(to_BHSK) for x in (q_SBHK, k_SBHK, v_SBHK))
         causal = self.causal and not self.pooled
-        lengths_B = packing.lengths_B if packing else attention_mask
+        lengths_B = packing.lengths_B if packing else mask
         if causal:  # no query sees what lies behind it
             lengths_B = None
         out_BHSK = attention(q, k, v, causal=causal, key_lengths_B=lengths_B, backend=self.backend)
@@ -112,6 +108,25 @@ class CoreAttention(torch.nn.Module):
         if packing and not self.pooled:
             out_SBHK = packing.pack(out_SBHK).unsqueeze(0)
         return out_SBHK.flatten(2)
+
+
+class Attention(SelfAttention):
+    """Megatron-core's linear layers around our core attention: [S, B, D] -> [S, B, D], and a bias still to be added.
+
+    Its own `forward` has rotary tables, caches and gates beside, whose Python takes time on a CPU.
+    """
+
+    def forward(
+        self, hidden_SBD: torch.Tensor, mask: torch.Tensor | None = None, **_: object
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        qkv_SBX, _no_bias = self.linear_qkv(hidden_SBD)
+        qkv_SBHX = qkv_SBX.unflatten(2, (self.num_attention_heads_per_partition, -1))
+        if self.checkpoint_core_attention and self.training:
+            attended_SBD = checkpoint(self.core_attention, False, qkv_SBHX, mask)
+        else:
+            attended_SBD = self.core_attention(qkv_SBHX, mask)
+        output_and_bias: tuple[torch.Tensor, torch.Tensor | None] = self.linear_proj(attended_SBD)
+        return output_and_bias
 
 
 class ColumnLinear(ColumnParallelLinear):
@@ -142,7 +157,7 @@ class Layer(TransformerLayer):
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **_: object
     ) -> tuple[torch.Tensor, None]:
-        attended = self.self_attention(self.input_layernorm(hidden_states), attention_mask=attention_mask)
+        attended = self.self_attention(self.input_layernorm(hidden_states), attention_mask)
         hidden = _added(self.residual(hidden_states, attention_mask), attended)
         return _added(hidden, self.mlp(self.pre_mlp_layernorm(hidden))), None
 
@@ -229,7 +244,7 @@ def _layer(build: Build, causal: bool, *, pooled: bool) -> ModuleSpec:
         submodules=TransformerLayerSubmodules(
             input_layernorm=_norm(build),
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=Attention,
                 params={"attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.no_mask},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnLinear,
