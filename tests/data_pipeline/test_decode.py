@@ -261,9 +261,10 @@ def test_whole_files_of_unusual_sampling(factors: str) -> None:
 
 
 def with_segment(marker: int, body: bytes) -> bytes:
+    """A picture with this segment for its JFIF header, which would say more than Adobe's."""
     data = encoded(picture(), "JPEG")
     start = data.index(b"\xff\xdb")
-    return data[:start] + bytes([0xFF, marker]) + struct.pack(">H", len(body) + 2) + body + data[start:]
+    return data[:2] + bytes([0xFF, marker]) + struct.pack(">H", len(body) + 2) + body + data[start:]
 
 
 def with_stray(bytes_before: bytes, marker: bytes) -> bytes:
@@ -273,13 +274,22 @@ def with_stray(bytes_before: bytes, marker: bytes) -> bytes:
 
 
 WHOLE = {
-    "2 before the end": with_stray(bytes(2), b"\xff\xd9"),
+    "8 before the end": with_stray(bytes(8), b"\xff\xd9"),
     "100 before the end": with_stray(bytes([1]) * 100, b"\xff\xd9"),
     "between segments": with_stray(b"\0\1\2", b"\xff\xdb"),
     "before the frame": with_stray(b"\7", b"\xff\xc0"),
     "a bad ICC segment": with_segment(0xE2, b"ICC_PROFILE\0\5\3xxxxx"),
     "an unknown Adobe transform": with_segment(0xEE, b"Adobe\0d\0\0\0\0\7"),
 }
+
+
+def test_every_value_of_a_sampling_factor() -> None:
+    data = encoded(picture(16, 16), "JPEG", subsampling=0, quality=20)
+    frame = data.index(b"\xff\xc0")
+    for place in (frame + 11, frame + 14, frame + 17):
+        for value in range(256):
+            with suppress(DataError):
+                decode_image(data[:place] + bytes([value]) + data[place + 1 :])
 
 
 @pytest.mark.parametrize("defect", WHOLE)

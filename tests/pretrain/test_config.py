@@ -232,7 +232,7 @@ def test_an_unknown_key_like_nothing_gets_no_false_advice() -> None:
         ("train.freeze=&a [*a]", ["train.freeze.0"]),
         ("model.text.vocab_size={a: 1}", ["model.text.vocab_size is a section", "whole number"]),
         ("objectives=contrastive", ["objectives is 'contrastive'", "must be a list"]),
-        ("objectives=[]", ["objectives is []", "at least 1 item"]),
+        ("objectives=[]", ["objectives is []: it must have at least 1 item"]),
         ("objectives=[{name: clip}]", ["objectives.0.name is 'clip'", "'contrastive', 'sigmoid' or 'caption'"]),
         ("objectives=[{weight: 1}]", ["'objectives.0.name' has no value and no default"]),
         ("data.crop_scale=[0.9, 0.5]", ["crop_scale is [0.9, 0.5]", "0 < low <= high <= 1"]),
