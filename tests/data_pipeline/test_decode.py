@@ -261,10 +261,16 @@ def test_whole_files_of_unusual_sampling(factors: str) -> None:
 
 
 def with_segment(marker: int, body: bytes) -> bytes:
-    """A picture with this segment for its JFIF header, which would say more than Adobe's."""
     data = encoded(picture(), "JPEG")
     start = data.index(b"\xff\xdb")
-    return data[:2] + bytes([0xFF, marker]) + struct.pack(">H", len(body) + 2) + body + data[start:]
+    return data[:start] + bytes([0xFF, marker]) + struct.pack(">H", len(body) + 2) + body + data[start:]
+
+
+def without_jfif(data: bytes) -> bytes:
+    """Without the header that says more of the colours than Adobe's segment."""
+    (length,) = struct.unpack_from(">H", data, 4)
+    assert data[2:4] == b"\xff\xe0"
+    return data[:2] + data[4 + length :]
 
 
 def with_stray(bytes_before: bytes, marker: bytes) -> bytes:
@@ -274,12 +280,14 @@ def with_stray(bytes_before: bytes, marker: bytes) -> bytes:
 
 
 WHOLE = {
+    "2 before the end": with_stray(bytes(2), b"\xff\xd9"),
     "8 before the end": with_stray(bytes(8), b"\xff\xd9"),
     "100 before the end": with_stray(bytes([1]) * 100, b"\xff\xd9"),
     "between segments": with_stray(b"\0\1\2", b"\xff\xdb"),
     "before the frame": with_stray(b"\7", b"\xff\xc0"),
     "a bad ICC segment": with_segment(0xE2, b"ICC_PROFILE\0\5\3xxxxx"),
     "an unknown Adobe transform": with_segment(0xEE, b"Adobe\0d\0\0\0\0\7"),
+    "the same, and no JFIF header": without_jfif(with_segment(0xEE, b"Adobe\0d\0\0\0\0\7")),
 }
 
 

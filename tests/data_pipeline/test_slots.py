@@ -55,7 +55,7 @@ def test_slots_begin_at_pages() -> None:
     assert {slots.lend(Slot(number)).data_ptr() % mmap.PAGESIZE for number in range(3)} == {0}
 
 
-def test_another_process_writes_what_this_one_reads_and_none_has_a_name_for() -> None:
+def test_another_process_writes_what_this_one_reads_in_a_file_without_a_name() -> None:
     slots = Slots(3, 5)
     assert os.fstat(slots.fd).st_nlink == 0
     write = (

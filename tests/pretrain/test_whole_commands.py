@@ -80,13 +80,8 @@ def test_train_says_what_it_does_not_read(data: Path, tmp_path: Path, capsys: py
 
 def test_a_second_run_in_the_folder_is_refused(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "pretrain.cli",
-        *training(data, run, "dual encoder", "train.steps=1000000"),
-    ]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as first:
+    long = training(data, run, "dual encoder", "train.steps=1000000")
+    with subprocess.Popen([sys.executable, "-m", "pretrain.cli", *long], stderr=subprocess.DEVNULL) as first:
         try:
             ends = time.monotonic() + 400
             while not (run / "metrics.jsonl").exists():
