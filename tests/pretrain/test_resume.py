@@ -75,36 +75,37 @@ def wait_for_steps(run: Path, steps: int, process: subprocess.Popen[str]) -> Non
 @pytest.mark.timeout(2000)
 @pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_and_interrupted_runs_go_on_as_if_nothing_had_happened(data: Path, tmp_path: Path, nproc: int) -> None:
-    # so that what is saved by a step is known; test_killed.py kills runs that save while they train
-    longer = ["checkpoint.asynchronous=false", "checkpoint.every=10", "train.steps=24"]
-    ranks = [*longer, *(["--nproc", str(nproc)] if nproc > 1 else [])]
-    process = weft(["train", "quickstart", *overrides(data, tmp_path / "whole"), *ranks])
-    assert process.wait(timeout=600) == 0, process.communicate()
-    whole = losses(tmp_path / "whole")
-    assert [step for step, _, _ in whole] == list(range(1, 25))
-
+    # A thousand steps: however late this process is, the run is still there to be killed. The run that is not
+    # interrupted comes last, when the step is known up to which it has to go.
+    longer = ["checkpoint.every=10", "train.steps=1000", *(["--nproc", str(nproc)] if nproc > 1 else [])]
     run = tmp_path / "broken"
-    command = ["train", "quickstart", *overrides(data, run), *ranks]
+    command = ["train", "quickstart", *overrides(data, run), *longer]
     process = weft(command)
-    wait_for_steps(run, random.Random(nproc).randint(11, 13), process)
+    wait_for_steps(run, random.Random(nproc).randint(11, 19), process)
     children = psutil.Process(process.pid).children(recursive=True)
-    process.kill()  # SIGKILL, after the checkpoint of step 10 and before that of step 20
+    process.kill()
     process.wait()
     assert psutil.wait_procs(children, timeout=400)[1] == [], "its ranks notice that their launcher is gone"
-    assert describe(run).step == 10
+    killed = describe(run).step
+    assert killed >= 10
+    assert killed % 10 == 0
 
     process = weft(command)
-    wait_for_steps(run, 16, process)
+    wait_for_steps(run, killed + 6, process)
     process.send_signal(signal.SIGINT if nproc == 1 else signal.SIGTERM)
     _, told = process.communicate(timeout=300)
     assert process.returncode == (130 if nproc == 1 else 143), told
     stopped = describe(run)
-    assert stopped.step >= 16
+    assert stopped.step >= killed + 6
     assert verify(stopped) == []
     assert f"weft {shlex.join(command)}" in told
 
-    process = weft(command)
-    assert process.wait(timeout=600) == 0, process.communicate()
+    end = stopped.step + 8
+    for folder in (run, tmp_path / "whole"):
+        process = weft(["train", "quickstart", *overrides(data, folder), *longer, f"train.stop_at={end}"])
+        assert process.wait(timeout=600) == 0, process.communicate()
+    whole = losses(tmp_path / "whole")
+    assert [step for step, _, _ in whole] == list(range(1, end + 1))
     assert losses(run) == whole
 
 
