@@ -78,6 +78,9 @@ class ShardEntry:
         if samples > size // 512:  # each begins with a header in the tar
             raise ValueError(f"{samples} samples do not go into the {size} bytes of {file!r}")
         counts = {_text(name): _count(count, MOST) for name, count in dict(tree.get("left_out", {})).items()}
+        unknown = next((name for name in counts if name not in LeftOut.__dataclass_fields__), None)
+        if unknown is not None:
+            raise ValueError(f"{unknown!r} is nothing that is left out of {file!r}")
         return cls(file, samples, size, checksum, modalities, LeftOut(**counts))
 
 
@@ -126,9 +129,14 @@ class Index:
             unfinished.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: Path) -> Index:
-        """Read index.json of `folder`, the shards unseen; FileNotFoundError, or DataError for another file."""
+    def load(cls, folder: Path, url: str = "") -> Index:
+        """Read index.json of `folder`, the shards unseen; FileNotFoundError, or DataError for another file.
+
+        `url`: the folder from which it was fetched, if it was, which errors name.
+        """
         path = folder / INDEX_FILE
+        named = f"{url}/{INDEX_FILE}" if url else str(path)
+        remedy = f"have it made by `weft data stats` where {url} is stored" if url else _rebuild(folder)
         if not path.is_file():
             raise FileNotFoundError(f"no {INDEX_FILE} in {folder}")
         try:
@@ -136,10 +144,10 @@ class Index:
                 raise ValueError(f"it has {path.stat().st_size} bytes")
             tree: Any = read_json(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise DataError(f"{path} is no index of ours ({error}): {_rebuild(folder)}") from error
+            raise DataError(f"{named} is no index of ours ({error}): {remedy}") from error
         if not isinstance(tree, dict) or tree.get("format") != FORMAT:
             raise DataError(
-                f"{path} is no index of ours, but a file of another tool: move it elsewhere (if nothing needs it, "
+                f"{named} is no index of ours, but a file of another tool: move it elsewhere (if nothing needs it, "
                 "delete it), and the index is made anew"
             )
         try:
@@ -152,7 +160,7 @@ class Index:
             _refuse_contradictions(index, tree)
         except (ValueError, KeyError, TypeError) as error:
             words = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-            raise DataError(f"{path} is no index of ours ({words}): {_rebuild(folder)}") from error
+            raise DataError(f"{named} is no index of ours ({words}): {remedy}") from error
         return index
 
 

@@ -42,7 +42,17 @@ from data_pipeline.index import (
     table_path,
     written_whole,
 )
-from data_pipeline.listing import Known, as_url, encoded, is_refusal, known_of, names_in_page, status_of
+from data_pipeline.listing import (
+    Known,
+    as_url,
+    encoded,
+    is_refusal,
+    known_of,
+    names_in_page,
+    status_of,
+    web_range,
+    web_size,
+)
 from data_pipeline.strict_json import read_json
 
 PIECE = 1 << 20  # bytes: a few samples, and as long on the way as a request needs to be answered
@@ -80,7 +90,7 @@ def open_remote(url: str, cache: Cache) -> tuple[RemoteFiles, Index]:
         return files, _first_sight(files)
     with written_whole(files.folder / INDEX_FILE) as unfinished:
         unfinished.write_bytes(text)
-    index = Index.load(files.folder)
+    index = Index.load(files.folder, files.url)
     names = files.names()
     listed = [] if names is None else [name for name in names if is_shard(name)]
     extra = sorted(set(listed) - {shard.file for shard in index.shards})
@@ -96,6 +106,7 @@ def open_remote(url: str, cache: Cache) -> tuple[RemoteFiles, Index]:
             raise DataError(f"{files.url}/{shard.file} is in the index, but there is no such file")
         if known.size is not None and known.size != shard.bytes:
             raise DataError(f"{files.url}/{shard.file} has {known.size} bytes, but {shard.bytes} in the index")
+        files.known[shard.file] = known._replace(size=shard.bytes)  # which some servers do not tell
     return files, replace(index, ignored=ignored_names(names or ()))
 
 
@@ -217,7 +228,10 @@ class RemoteFiles:
         def asked() -> Known | None:
             self._connect()
             try:
-                return known_of(self._client.info(self._path(file)))
+                known = known_of(self._client.info(self._path(file)))
+                if known.size is None and self._is_web:
+                    known = known._replace(size=web_size(self._client, self._path(file)))
+                return known
             except Exception as error:
                 if is_refusal(error):
                     return Known()
@@ -303,29 +317,34 @@ class RemoteFiles:
 
     def _fetch(self, file: str, start: int, length: int) -> bytes:
         """A range of bytes, in as many requests as it takes; shorter only where the file ends."""
-        got = bytearray()
-        end = start + length
+        size = (self.known.get(file) or Known()).size
+        if size is None:
+            raise DataError(
+                f"{self.url}/{file} cannot be read by ranges: its server does not tell its size; put an {INDEX_FILE} "
+                "beside it, as `weft data stats` makes one where the folder is stored"
+            )
+        got, end = bytearray(), min(start + length, size)
 
         def more() -> bytes:
             self._connect()
-            path = self._path(file)
-            if got and start + len(got) >= self._size(path, otherwise=end):
-                return b""  # a server without ranges would send the file from its beginning again
+            path, at = self._path(file), start + len(got)
             try:
-                data: bytes = self._client.cat_file(path, start=start + len(got), end=end)
+                data: bytes = (
+                    web_range(self._client, path, at, end, size)
+                    if self._is_web
+                    else self._client.cat_file(path, start=at, end=end)
+                )
             except FileNotFoundError:
                 raise
             except Exception:
-                if start + len(got) >= self._size(path, otherwise=end):
-                    return b""  # nothing lies there, which some servers call an error
+                if at >= self._size(path, otherwise=size):
+                    return b""  # it has become shorter, and nothing lies there, which some servers call an error
                 raise
-            if len(data) > end - start - len(got):
-                data = data[start + len(got) : end]  # a server without ranges sends the whole file
-            if not data and start + len(got) < self._size(path, otherwise=end):
+            if not data and at < self._size(path, otherwise=size):
                 raise OSError("the answer was empty")
             return data
 
-        while len(got) < length:
+        while start + len(got) < end:
             what = f"{self.url}/{file}: bytes {start + len(got)} to {end - 1} could not be read"
             data = self._patiently(more, what)
             if not data:

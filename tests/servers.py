@@ -21,13 +21,14 @@ class WebServer:
     """Serves a folder with byte ranges and a listing; `spoil` may change an answer: (path, body) -> body or None.
 
     `listing`: the status of an answer to a question for the folder; 200 lists it. `mark`: tells a file's entity tag, or
-    other headers, from its bytes; None tells none.
+    other headers, from its bytes; None tells none. `sizes`: whether answers with a whole file tell its length.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.spoil: Callable[[str, bytes], bytes | None] = lambda path, body: body
         self.ranges = True
+        self.sizes = True
         self.listing = 200
         self.mark: Callable[[bytes], dict[str, str]] | None = None
         self.asked: list[str] = []
@@ -70,7 +71,8 @@ class WebServer:
                 if spoiled is None:
                     return self.send_error(503)
                 self.send_response(status)
-                self.send_header("Content-Length", str(length))
+                if web.sizes or status != 200:
+                    self.send_header("Content-Length", str(length))
                 for name, value in self.marks.items():
                     self.send_header(name, value)
                 if web.ranges:

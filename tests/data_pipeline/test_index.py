@@ -396,8 +396,9 @@ def test_an_edited_index_is_one_sentence(folder: Path, change: Callable) -> None
     tree = json.loads((folder / INDEX_FILE).read_text())
     change(tree)
     (folder / INDEX_FILE).write_text(json.dumps(tree))
-    with pytest.raises(DataError, match=r"index\.json is no index of ours .*made anew$"):
+    with pytest.raises(DataError, match=r"index\.json is no index of ours .*made anew$") as told:
         load_index(folder)
+    assert "__init__" not in str(told.value)
 
 
 @pytest.mark.parametrize(

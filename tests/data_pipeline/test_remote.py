@@ -171,6 +171,28 @@ def test_a_server_without_ranges(folder: Path, tmp_path: Path, monkeypatch: pyte
             web.stop()
 
 
+@pytest.mark.parametrize("indexed", [True, False])
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_server_that_tells_no_size(folder: Path, served: WebServer, copy: Path, ranges: bool, indexed: bool) -> None:
+    served.ranges, served.sizes = ranges, False
+    cache = Cache(copy.parent / "cache")
+    if indexed:
+        load_index(copy)
+    if not (indexed or ranges):
+        with pytest.raises(DataError, match=r"\.tar cannot be read by ranges: its server does not tell its size;"):
+            open_dataset(served.url, cache)
+        assert not list(cache.folder.rglob("*.tar"))
+        return
+    dataset = open_dataset(served.url, cache)
+    assert [dataset.read(number) for number in range(20)] == [make(number) for number in range(20)]
+
+
+def test_a_page_instead_of_the_index_is_named_by_its_url(served: WebServer, copy: Path) -> None:
+    (copy / INDEX_FILE).write_text("<html>please log in</html>")
+    with pytest.raises(DataError, match=r"^http://[^ ]*/index\.json is no index of ours .*: have it made by"):
+        open_dataset(served.url, Cache(copy.parent / "cache"))
+
+
 def test_a_server_that_stays_away_is_one_sentence(
     web: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
