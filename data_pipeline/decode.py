@@ -4,7 +4,8 @@ Design choices:
 - The bytes say what they are; the field's name is not asked.
 - Size comes from the header before a pixel is decoded, so a decompression bomb costs nothing.
 - JPEG through libjpeg-turbo (`simplejpeg`), strictly: a file that ends early is an error, not a half-grey image. What
-  it refuses though no pixel is lost (stray bytes, an odd sampling, a bad profile) is decoded by Pillow instead.
+  it refuses though no pixel is lost (stray bytes, an odd sampling, a bad profile, no end mark) is decoded by Pillow
+  instead, once it is certain that none is (jpeg_loss.py). So are print colours, of which Pillow makes RGB.
 - PNG and WebP through Pillow. PNGs with too few rows or without their palette are errors there, not black.
 - Transparent images lie on white. The orientation in EXIF or XMP is applied: the caption was written by someone who
   saw the image upright.
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 import io
 import math
-import re
 import struct
 import warnings
 import zlib
@@ -27,10 +27,9 @@ from PIL import Image, UnidentifiedImageError
 
 from data_pipeline.errors import DataError, first_bytes, first_line
 from data_pipeline.exif import ORIENTATION, UPRIGHT, jpeg_orientation
+from data_pipeline.jpeg_loss import LOST, lost_pixels
 
 MAX_PIXELS = 64e6
-# what libjpeg-turbo says when pixels are lost (its jerror.h); of the rest that it warns of, all pixels are there
-LOST = re.compile(r"premature end|bad huffman|instead of rst|bad arithmetic", re.IGNORECASE)
 PNG_PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 ON_ITS_SIDE = (5, 6, 7, 8)  # EXIF orientations in which width and height are to be exchanged
 
@@ -101,20 +100,27 @@ def _pillow_shape(data: bytes) -> tuple[int, int, bool]:
 
 
 def _decode_jpeg(data: bytes, max_pixels: float) -> tuple[np.ndarray, str]:
+    printed = False
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         _refuse_bomb(width, height, max_pixels)
-        if colorspace in ("CMYK", "YCCK"):  # print colours, which libjpeg-turbo does not turn into RGB
-            return _decode_with_pillow(data, "JPEG", max_pixels), ""
-        image = simplejpeg.decode_jpeg(data, colorspace="RGB")
+        printed = colorspace in ("CMYK", "YCCK")
+        image = simplejpeg.decode_jpeg(data, colorspace="CMYK" if printed else "RGB")
     except DataError:
         raise
     except Exception as error:  # a ValueError of libjpeg-turbo, or a KeyError for a sampling that it does not know
         told = str(error)
         if isinstance(error, ValueError) and LOST.search(told):
             raise DataError(f"damaged JPEG: {told}") from error
-        odd = not isinstance(error, ValueError) or "subsampling" in told
-        return _decode_with_pillow(data, "JPEG", max_pixels), "an unusual chroma subsampling" if odd else told
+        image = _decode_with_pillow(data, "JPEG", max_pixels)
+        lost = lost_pixels(data)
+        if lost:
+            raise DataError(f"damaged JPEG: {lost}") from error
+        if not isinstance(error, ValueError) or "subsampling" in told:
+            return image, "an unusual chroma subsampling"
+        return image, "it has no end mark" if told == "Premature end of JPEG file" else told
+    if printed:
+        return _decode_with_pillow(data, "JPEG", max_pixels), ""
     return _upright(image, jpeg_orientation(data)), ""
 
 

@@ -325,6 +325,74 @@ def test_lost_pixels_stay_an_error() -> None:
             decode_image(data)
 
 
+def cut(data: bytes, part: float = 1 / 3) -> bytes:
+    """The first part of a JPEG, with an end mark."""
+    return data[: int(len(data) * part)] + b"\xff\xd9"
+
+
+def stray_before(marker: bytes, data: bytes) -> bytes:
+    start = data.index(marker)
+    return data[:start] + bytes(range(1, 13)) + data[start:]
+
+
+def without_restart(number: int, data: bytes) -> bytes:
+    """A JPEG without the data before its restart marker of that number (1 to 7), and without the marker."""
+    first, last = (data.index(bytes([0xFF, 0xD0 + each])) for each in (number - 1, number))
+    return data[:first] + data[last:]
+
+
+def jpeg(mode: str = "RGB", **options: Any) -> bytes:
+    return encoded(Image.fromarray(picture(200, 150)).convert(mode), "JPEG", **options)
+
+
+TABLE, FRAME, FIRST_RESTART = b"\xff\xdb", b"\xff\xc0", b"\xff\xd0"
+TALLER = jpeg().replace(struct.pack(">HH", 150, 200), struct.pack(">HH", 166, 200))
+RESTARTED = jpeg(restart_marker_blocks=9)
+LOST = {
+    "stray bytes and a cut": stray_before(TABLE, cut(jpeg())),
+    "the same, in its last bytes": stray_before(TABLE, cut(jpeg(), 0.98)),
+    "stray bytes and a cut of many scans": stray_before(TABLE, cut(jpeg(progressive=True))),
+    "stray bytes within the scans and a cut": stray_before(b"\xff\xc4", cut(jpeg(progressive=True), 0.6)),
+    "stray bytes before a later scan": cut(stray_before(b"\xff\xda", jpeg(progressive=True)), 0.6),
+    "stray bytes and rows that are not there": stray_before(TABLE, TALLER),
+    "stray bytes and a restart that is not there": stray_before(TABLE, without_restart(4, RESTARTED)),
+    "stray bytes in the data and a restart later": stray_before(FIRST_RESTART, without_restart(4, RESTARTED)),
+    "stray bytes in the data and no last restart": stray_before(FIRST_RESTART, cut(RESTARTED, 0.9)),
+    "print colours": cut(jpeg("CMYK")),
+    "print colours and rows that are not there": stray_before(TABLE, cut(jpeg("CMYK"))),
+    "print colours of many scans": cut(jpeg("CMYK", progressive=True)),
+    "a bad profile and a cut": cut(with_segment(0xE2, b"ICC_PROFILE\0\5\3xxxxx"), 0.9),
+    "no end mark and a cut": jpeg()[:1500] + bytes(5000),
+    "no end mark, a cut and print colours": jpeg("CMYK")[:3000] + bytes(9000),
+    **{f"a sampling of {factors}": cut(base64.b64decode(data), 0.985) for factors, data in BY_CJPEG.items()},
+}
+
+
+@pytest.mark.parametrize("defect", LOST)
+def test_a_harmless_defect_hides_no_lost_pixels(defect: str) -> None:
+    with suppress(OSError):
+        assert by_pillow(LOST[defect]).any(), "Pillow reads it, half grey"
+    with pytest.raises(DataError, match="damaged JPEG: "):
+        decode_image(LOST[defect])
+
+
+ODD = {
+    "no end mark, and zeros": (jpeg(), jpeg()[:-2] + bytes(16)),
+    "stray bytes before a restart": (RESTARTED, stray_before(FIRST_RESTART, RESTARTED)),
+    "stray bytes before a later scan": (
+        jpeg(progressive=True),
+        stray_before(b"\xff\xda\0\x08", jpeg(progressive=True)),
+    ),
+    "stray bytes in print colours": (jpeg("CMYK"), stray_before(TABLE, jpeg("CMYK"))),
+}
+
+
+@pytest.mark.parametrize("defect", ODD)
+def test_an_odd_file_with_all_its_pixels_is_read(defect: str) -> None:
+    whole, odd = ODD[defect]
+    assert difference(decode_image(odd), by_pillow(whole)) <= 2  # where the strict decoder reads it
+
+
 HEADERS = {
     "JPEG": encoded(picture(16, 16), "JPEG", subsampling=0, quality=20),
     "progressive JPEG": encoded(picture(9, 9), "JPEG", progressive=True, subsampling=2, quality=20),
