@@ -9,7 +9,7 @@ from typing import Literal
 
 from data_pipeline.decode import decode_and_remark
 from data_pipeline.errors import DataError
-from data_pipeline.sample import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, MARKS_OF_OTHERS, Sample
+from data_pipeline.sample import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, Sample
 
 NAMED = 6  # fields in a sentence
 
@@ -144,10 +144,6 @@ def check_text(shard: str, sample: Sample, offsets: dict[str, int | None]) -> tu
     for name in ("json", "txt"):  # each alone, so that a bad one does not hide the other
         if name not in sample.fields:
             continue
-        zeros = len(sample.fields[name]) - len(sample.fields[name].rstrip(b"\0"))
-        if zeros and not sample.fields[name].startswith(MARKS_OF_OTHERS):  # of UTF-16, half of all bytes are zero
-            reason = f"the {name} field ends in {zeros} zero byte{'s' * (zeros != 1)}: its end was never written?"
-            found.append(Problem("error", shard, offsets[name], sample.key, reason))
         alone = Sample(sample.key, {name: sample.fields[name]})
         try:
             mine = [text for _, texts in alone.written_captions() for text in texts]

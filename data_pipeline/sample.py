@@ -23,6 +23,7 @@ from data_pipeline.errors import DataError
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 AUDIO_EXTENSIONS = ("flac", "wav", "ogg")
 MARKS_OF_OTHERS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # no UTF-8 begins with them
+CONTROLS = bytes(set(range(32)) - set(b"\t\n\v\f\r"))  # NUL is among the first bytes of UTF-16 characters, as are these
 # What may stand around a text: white space, and the mark that some editors put before one
 AROUND = "".join(letter for letter in map(chr, range(0x3001)) if letter.isspace()) + "\ufeff"
 
@@ -124,14 +125,32 @@ def _storable(text: str, key: str) -> str:
 
 
 def _utf8(data: bytes, key: str) -> str:
-    """Text from bytes; DataError when they are not UTF-8."""
+    """Text from bytes; DataError when they are none."""
     try:
-        return data.decode("utf-8")
+        return text_of(data)
+    except DataError as error:
+        raise DataError(f"the txt field of sample {key!r} {error}") from error
+
+
+def text_of(data: bytes) -> str:
+    """Text from the bytes of a file; DataError, which says in a few words what is wrong, when they are no UTF-8 text.
+
+    UTF-16 without a mark is valid UTF-8 where its characters are below U+0080, U+0400 or the like: every second byte is
+    then NUL or another control character. A quarter of them is taken for it; a single NUL within a text is none.
+    """
+    try:
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         if data.startswith(MARKS_OF_OTHERS):
-            what = f"the txt field of sample {key!r} is not UTF-8 but UTF-16 or UTF-32, by its first bytes"
-            raise DataError(f"{what}: save it as UTF-8") from error
-        raise DataError(f"the txt field of sample {key!r} is not UTF-8 ({error})") from error
+            raise DataError("is not UTF-8 but UTF-16 or UTF-32, by its first bytes: save it as UTF-8") from error
+        raise DataError(f"is not UTF-8 ({error})") from error
+    written = data.rstrip(b"\0")
+    controls = len(written) - len(written.translate(None, CONTROLS))
+    if controls > 1 and 4 * controls >= len(written):
+        raise DataError("is not UTF-8 but UTF-16 or UTF-32, by the NUL or control characters in it: save it as UTF-8")
+    if len(written) < len(data):
+        raise DataError("ends in zero bytes: its end was never written?")
+    return text
 
 
 def find_field(names: Iterable[str], extensions: tuple[str, ...]) -> str | None:

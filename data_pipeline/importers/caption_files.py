@@ -38,7 +38,7 @@ from data_pipeline.importers.table import (
     parquet_columns,
     parquet_rows,
 )
-from data_pipeline.sample import Skipped
+from data_pipeline.sample import Skipped, text_of
 
 TEXTS = ("txt", "caption", "captions")  # extensions
 TABLES = ("csv", "tsv", "jsonl", "ndjson", "json", "parquet", "pq")
@@ -131,9 +131,9 @@ def _captions_of_text(path: Path) -> tuple[tuple[str, ...], str]:
     """(captions, "") of a .txt, or ((), why there are none)."""
     kind = f"its .{extension_of(path.name)}"
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        return (), f"{kind} is not UTF-8"
+        lines = text_of(path.read_bytes()).removeprefix("\ufeff").splitlines()
+    except DataError as error:
+        return (), f"{kind} {str(error).partition(' (')[0]}"  # in the same words for all such files
     except OSError as error:
         return (), f"{kind} cannot be read: {error.strerror}"
     captions, reason = usable([line for line in lines if line.strip()])

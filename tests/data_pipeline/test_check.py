@@ -489,7 +489,7 @@ def test_a_tail_of_zeros_is_an_error(tmp_path: Path) -> None:
 
 def test_a_caption_of_which_the_end_was_not_written(tmp_path: Path) -> None:
     (error,) = check(dataset(tmp_path, good(0) | {"a.png": picture(), "a.txt": b"a capt" + bytes(9)})).errors
-    assert error.reason == "the txt field ends in 9 zero bytes: its end was never written?"
+    assert error.reason == "the txt field of sample 'a' ends in zero bytes: its end was never written?"
 
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-be"])

@@ -123,6 +123,28 @@ def test_text_that_is_not_utf_8_names_the_sample() -> None:
         Sample("k", {"txt": b"caf\xe9"}).captions()
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize(
+    "text",
+    ["a dog runs", "\u0434\u0430", "\u0434\u043e\u043c \u0438 \u043b\u0435\u0441", "caf\u00e9!", "a \u0e01\u0e02 b"],
+)
+def test_utf_16_without_a_mark_is_no_caption(encoding: str, text: str) -> None:
+    with pytest.raises(DataError, match="the txt field of sample 'k' is not UTF-8"):
+        Sample("k", {"txt": text.encode(encoding)}).captions()
+
+
+def test_a_text_of_which_the_end_was_not_written_is_no_caption() -> None:
+    with pytest.raises(DataError, match="the txt field of sample 'k' ends in zero bytes"):
+        Sample("k", {"txt": b"a capt" + bytes(9)}).captions()
+
+
+@pytest.mark.parametrize(
+    "text", ["a\0b", "\0a dog", "a\tdog\r\n\tand\n\n\n", "\x1b[1ma dog\x1b[0m", "\u0434\u043e\u043c"]
+)
+def test_a_text_with_few_control_characters_is_one(text: str) -> None:
+    assert Sample("k", {"txt": text.encode()}).captions() == (text.strip(),)
+
+
 def test_half_characters_in_json_are_bad_data_and_not_an_encoder_error_later() -> None:
     with pytest.raises(DataError, match="'some/key' holds text that is not Unicode"):
         with_json({"captions": ["fine", "\ud800"]}).captions()

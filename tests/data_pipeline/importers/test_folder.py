@@ -83,6 +83,7 @@ def test_what_has_no_caption_or_no_pixels_is_skipped_with_a_reason(put, run, tmp
     put("bare.png")
     put("empty_text.png", " \n\n")
     put("latin.png", "caf\xe9".encode("latin-1"))
+    put("wide.png", "a dog".encode("utf-16-be"))
     put("cat/empty.png", "a", data=b"")
     put("cat/text.jpg", "b", data=b"this is no image at all")
     put("cat/short.png", "c", data=b"\x89PNG\r\n\x1a\n")
@@ -93,12 +94,13 @@ def test_what_has_no_caption_or_no_pixels_is_skipped_with_a_reason(put, run, tmp
     assert samples.keys() == {"good.png"}
     assert samples["good.png"].captions() == ("a good one",)
     assert set(skipped) == {
-        *("bare.png", "empty_text.png", "latin.png"),
+        *("bare.png", "empty_text.png", "latin.png", "wide.png"),
         *(f"cat/{name}" for name in ("empty.png", "text.jpg", "short.png", "gone.png", "self.png", "pipe.png")),
     }
     assert "has no caption" in skipped["bare.png"]
     assert "no caption" in skipped["empty_text.png"]
-    assert "UTF-8" in skipped["latin.png"]
+    assert skipped["latin.png"] == "its .txt is not UTF-8"
+    assert skipped["wide.png"].startswith("its .txt is not UTF-8 but UTF-16 or UTF-32, by the NUL or control")
     assert "empty" in skipped["cat/empty.png"]
     assert "not a JPEG" in skipped["cat/text.jpg"]
 
