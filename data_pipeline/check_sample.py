@@ -147,7 +147,7 @@ def check_text(shard: str, sample: Sample, offsets: dict[str, int | None]) -> tu
         alone = Sample(sample.key, {name: sample.fields[name]})
         try:
             mine = [text for _, texts in alone.written_captions() for text in texts]
-            label |= alone.label() is not None or bool(alone.metadata().get("qa"))
+            label |= alone.label() is not None or bool(alone.questions())
         except DataError as error:
             readable = False
             found.append(Problem("error", shard, offsets[name], sample.key, str(error)))

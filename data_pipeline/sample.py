@@ -19,11 +19,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_pipeline.errors import DataError
+from data_pipeline.strict_json import unique_names
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 AUDIO_EXTENSIONS = ("flac", "wav", "ogg")
 MARKS_OF_OTHERS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # no UTF-8 begins with them
 CONTROLS = bytes(set(range(32)) - set(b"\t\n\v\f\r"))  # NUL is among the first bytes of UTF-16 characters, as are these
+JSON = json.JSONDecoder(object_pairs_hook=unique_names)  # json.loads would make one for each sample
 # What may stand around a text: white space, and the mark that some editors put before one
 AROUND = "".join(letter for letter in map(chr, range(0x3001)) if letter.isspace()) + "\ufeff"
 
@@ -46,11 +48,15 @@ class Sample:
         return find_field(self.fields, AUDIO_EXTENSIONS)
 
     def metadata(self) -> dict[str, Any]:
-        """The object in the field "json", {} when there is none; DataError when it is not a JSON object."""
+        """The object in the field "json", {} when there is none.
+
+        Raises DataError when it is not a JSON object, or has a name twice, of which one would be lost.
+        """
         if "json" not in self.fields:
             return {}
         try:
-            metadata = json.loads(self.fields["json"])
+            data = self.fields["json"]
+            metadata = JSON.decode(data.decode(json.detect_encoding(data), "surrogatepass"))
         except (ValueError, RecursionError) as error:
             raise DataError(f"the json field of sample {self.key!r} is not JSON ({error})") from error
         if not isinstance(metadata, dict):
@@ -97,9 +103,20 @@ class Sample:
         return [pair for pair in pairs if all(map(trimmed, pair))]
 
     def label(self) -> str | None:
-        """The class name in the json field; None when there is none."""
+        """The class name in the json field; None when there is none.
+
+        Raises DataError when it is neither text nor a whole number: null aside, no other value names a class.
+        """
         label = self.metadata().get("label")
-        return None if label is None else trimmed(_storable(str(label), self.key)) or None
+        if label is None:
+            return None
+        whole = type(label) is int or (isinstance(label, float) and label.is_integer())  # True is an int, too
+        if not isinstance(label, str) and not whole:
+            kind = type(label).__name__
+            raise DataError(
+                f"the json field of sample {self.key!r} has a label that is neither text nor a whole number ({kind})"
+            )
+        return trimmed(_storable(str(label), self.key)) or None
 
 
 @dataclass(frozen=True)

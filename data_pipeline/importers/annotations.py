@@ -124,15 +124,6 @@ def rows(
             yield f"{path} line {number}", row
 
 
-def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For json.loads: an object; ValueError when a name stands in it twice, of which the first would be lost."""
-    tree = dict(pairs)
-    if len(tree) < len(pairs):
-        twice = next(name for name, number in Counter(name for name, _ in pairs).items() if number > 1)
-        raise ValueError(f"the name {twice!r} stands twice in one object")
-    return tree
-
-
 def refuse_twice(columns: Sequence[str], path: Path) -> None:
     """DataError when two columns of a table have one name: it is not clear which is meant."""
     named = Counter(column.strip() for column in columns if column.strip())

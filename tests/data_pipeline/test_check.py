@@ -92,6 +92,18 @@ def test_a_check_writes_nothing_and_needs_no_index(tmp_path: Path) -> None:
         ("bad.json", b'{"captions": [1]}', "captions that are not a list of texts"),
         ("bad.json", rb'{"captions": ["\ud800"]}', "not Unicode"),
         ("bad.json", rb'{"label": "\ud800"}', "not Unicode"),
+        ("bad.json", b'{"label": NaN}', "a label that is neither text nor a whole number"),
+        ("bad.json", b'{"label": 1, "label": 2}', "the name 'label' stands twice"),
+        *(
+            ("bad.json", f'{{"qa": {qa}}}'.encode(), words)
+            for qa, words in (
+                ('"abc"', "no list of questions"),
+                ('{"question": "x", "answer": "y"}', "no list of questions"),
+                ('[{"q": "x"}]', "no list of questions"),
+                ('[{"question": 1, "answer": "x"}]', "a question or an answer that is not text"),
+                (r'[{"question": "x", "answer": "\ud800"}]', "not Unicode"),
+            )
+        ),
     ],
 )
 def test_bad_fields_are_errors_with_their_place(tmp_path: Path, name: str, data: bytes, words: str) -> None:

@@ -94,14 +94,23 @@ def test_captions_that_are_no_list_of_texts(captions: Any) -> None:
 def test_label() -> None:
     assert with_json({"label": "red cat"}).label() == "red cat"
     assert with_json({"label": 0}).label() == "0"
+    assert with_json({"label": 1, "similarity": float("nan")}).label() == "1"
     assert with_json({"label": None}).label() is None
     assert with_json({}).label() is None
     assert Sample("k", {"txt": b"x"}).label() is None
 
 
+@pytest.mark.parametrize("label", [float("nan"), float("inf"), 0.5, True, False, [], ["a", "b"], {"name": "cat"}])
+def test_a_label_that_names_no_class(label: Any) -> None:
+    with pytest.raises(DataError, match="'some/key' has a label that is neither text nor a whole number"):
+        with_json({"captions": ["x"], "label": label}).label()
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [
+        (b'{"captions": ["first"], "captions": ["second"]}', "is not JSON .the name 'captions' stands twice"),
+        (b'{"qa": [{"question": "a", "question": "b", "answer": "c"}]}', "is not JSON .the name 'question' stands"),
         (b"{", "is not JSON"),
         (b"", "is not JSON"),
         (b"\xff\xfe\xfa", "is not JSON"),
@@ -111,7 +120,18 @@ def test_label() -> None:
         (b'"text"', "holds str, not an object"),
         (b"null", "holds NoneType, not an object"),
     ],
-    ids=["open", "empty", "no text", "deep", "huge number", "list", "string", "null"],
+    ids=[
+        "a name twice",
+        "a name twice inside",
+        "open",
+        "empty",
+        "no text",
+        "deep",
+        "huge number",
+        "list",
+        "string",
+        "null",
+    ],
 )
 def test_bad_json_names_the_sample(data: bytes, words: str) -> None:
     with pytest.raises(DataError, match=f"the json field of sample 'some/key' {words}"):
