@@ -18,7 +18,7 @@ from data_pipeline.check_sample import Lacks, Problem, check_media, check_text
 from data_pipeline.errors import DataError
 from data_pipeline.index import INDEX_FILE, ShardEntry, checksum_of, load_table, table_path
 from data_pipeline.sample import Sample
-from data_pipeline.scan import is_loose, read_table
+from data_pipeline.scan import HIDDEN, is_hidden, is_loose, read_table
 from data_pipeline.tar import BLOCK, Member, TarError, next_header, read_members, split_name, tail_problem
 
 
@@ -83,10 +83,10 @@ def _check_against_entry(path: Path, entry: ShardEntry) -> list[Problem]:
 
 def _check_samples(shard: str, buffer: mmap.mmap, decode: bool, finding: Finding) -> None:
     """Go through the samples of one shard and add to `finding` what is wrong with them."""
-    found, loose, skipped = finding.problems, list[Member](), Counter[str]()
+    found, loose, hidden, skipped = finding.problems, list[Member](), list[Member](), Counter[str]()
     places: dict[str, int] = {}  # key -> byte of its first sample
     lacks = Lacks(shard)
-    for group in _groups(_walk(shard, buffer, found, skipped), loose):
+    for group in _groups(_walk(shard, buffer, found, skipped), loose, hidden):
         start = group.fields[0][1].offset
         if group.key in places:
             reason = f"the key is that of the sample at byte {places[group.key]} too: are its files torn apart?"
@@ -109,6 +109,9 @@ def _check_samples(shard: str, buffer: mmap.mmap, decode: bool, finding: Finding
     if loose:
         reason = f"{len(loose)} files without an extension belong to no sample and are not read, as {loose[0].name!r}"
         found.append(Problem("warning", shard, loose[0].offset, None, reason))
+    if hidden:
+        reason = f"{len(hidden)} files of images or sound are left out, {HIDDEN}, as {hidden[0].name!r}"
+        found.append(Problem("warning", shard, hidden[0].offset, None, reason))
     if skipped:
         reason = f"entries that are no files are left out: {', '.join(f'{n} x {what}' for what, n in skipped.items())}"
         found.append(Problem("warning", shard, None, None, reason))
@@ -137,8 +140,8 @@ def _walk(shard: str, buffer: mmap.mmap, found: list[Problem], skipped: Counter[
         return
 
 
-def _groups(members: Iterator[Member | None], loose: list[Member]) -> Iterator[_Group]:
-    """Neighbouring files of one key, as every reader of WebDataset puts them together."""
+def _groups(members: Iterator[Member | None], loose: list[Member], hidden: list[Member]) -> Iterator[_Group]:
+    """Neighbouring files of one key, as every reader of WebDataset puts them together; the rest goes to two lists."""
     group: _Group | None = None
     after_damage = False
     for member in members:
@@ -150,6 +153,7 @@ def _groups(members: Iterator[Member | None], loose: list[Member]) -> Iterator[_
         split = split_name(member.name)
         if split is None:
             loose += [member] if is_loose(member.name) else []
+            hidden += [member] if is_hidden(member.name) else []
             continue
         key, name = split
         if group is None or group.key != key:

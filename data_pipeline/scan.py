@@ -30,6 +30,7 @@ from data_pipeline.tar import Member, Window, split_name, whole_members
 QUIET = 5.0  # seconds of work before anything is said of it, and between two lines
 LONGEST_LABEL = 200  # characters of a label that are kept
 MOST_NUMBER = 2**31 - 1
+HIDDEN = "as their names begin with a dot or with a folder __x__"
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class LeftOut:
     without_caption: int = 0  # samples, where others have one; a label or sound is none
     files: int = 0  # that belong to no sample, as their names have no extension
     entries: int = 0  # that are no files: volume labels, links and the like
+    hidden: int = 0  # images and sounds that belong to no sample, as their names hide them
 
     def __add__(self, other: LeftOut) -> LeftOut:
         return LeftOut(*(one + two for one, two in zip(self.counts, other.counts, strict=True)))
@@ -48,7 +50,7 @@ class LeftOut:
     @property
     def counts(self) -> tuple[int, ...]:
         """All counts, in the order of the fields."""
-        return self.images, self.without_image, self.without_caption, self.files, self.entries
+        return self.images, self.without_image, self.without_caption, self.files, self.entries, self.hidden
 
 
 @dataclass(frozen=True)
@@ -79,18 +81,19 @@ def scan_tar(path: Path) -> Scan:
     Raises DataError when the tar is bad or a sample has a field twice.
     """
     found, skipped = _Found(path), Counter[str]()
-    pace, loose = Pace(f"indexing {path}"), 0
+    pace, loose, hidden = Pace(f"indexing {path}"), 0, 0
     with Window(path) as buffer:
         for number, member in enumerate(whole_members(buffer, str(path), skipped)):
             split = split_name(member.name)
             if split is None:
                 loose += is_loose(member.name)
+                hidden += is_hidden(member.name)
                 continue
             found.add(*split, member, buffer[member.offset : member.offset + member.size])
             if number % 1024 == 0:
                 pace.at(member.offset, len(buffer))
     found.end_sample()
-    return Scan(found.table(), found.left_out(loose, skipped.total()))
+    return Scan(found.table(), found.left_out(loose, skipped.total(), hidden))
 
 
 def read_table(path: Path) -> ShardTable:
@@ -102,6 +105,16 @@ def is_loose(name: str) -> bool:
     """Whether a file that is no field is one by mistake: hidden files and `__meta__` are left out on purpose."""
     base = name.rpartition("/")[2]
     return not base.startswith(".") and not name.startswith("__")
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file that is no field is an image or a sound, which no reader of webdataset sees under such a name.
+
+    Those that macOS puts beside a file (`._x.jpg`) are none.
+    """
+    base = name.rpartition("/")[2]
+    extension = base.rpartition(".")[2].lower() if "." in base and not base.startswith("._") else ""
+    return extension in IMAGE_EXTENSIONS or extension in AUDIO_EXTENSIONS
 
 
 class _Found:
@@ -186,9 +199,9 @@ class _Found:
         self._label.append(-1 if label is None else self._labels.setdefault(label, len(self._labels)))
         return bad
 
-    def left_out(self, files: int, entries: int) -> LeftOut:
+    def left_out(self, files: int, entries: int, hidden: int) -> LeftOut:
         """What is not read."""
-        return LeftOut(self._more_images, self._without_image, self._without_caption, files, entries)
+        return LeftOut(self._more_images, self._without_image, self._without_caption, files, entries, hidden)
 
     def table(self) -> ShardTable:
         """All of it."""
@@ -234,7 +247,7 @@ def sound_length(data: bytes) -> float | None:
 
 def sentences(left_out: LeftOut, samples: int) -> Iterable[str]:
     """What is to be said of it, each in a few words; nothing of what all samples lack."""
-    images, without_image, without_caption, files, entries = left_out.counts
+    images, without_image, without_caption, files, entries, hidden = left_out.counts
     if images:
         yield f"{_many(images, 'image')} not read: a sample has several (its name ends at its first dot)"
     if 0 < without_image < samples:
@@ -243,6 +256,8 @@ def sentences(left_out: LeftOut, samples: int) -> Iterable[str]:
         yield f"{_many(without_caption, 'sample')} without a caption"
     if files:
         yield f"{_many(files, 'file')} without an extension, in no sample"
+    if hidden:
+        yield f"{_many(hidden, 'file')} of images or sound left out, {HIDDEN}"
     if entries:
         yield f"{entries} tar {'entry' if entries == 1 else 'entries'} left out that are no files (labels, links)"
 

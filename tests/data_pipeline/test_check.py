@@ -511,6 +511,17 @@ def test_a_caption_in_another_encoding_is_told_as_that_alone(tmp_path: Path, enc
     assert error.reason.endswith("is not UTF-8 but UTF-16 or UTF-32, by its first bytes: save it as UTF-8")
 
 
+def test_images_that_their_names_hide_are_told(tmp_path: Path) -> None:
+    hidden = {"__train__/a.png": picture(), "__train__/a.txt": b"x", ".b.PNG": picture(), "c/.flac": sound()}
+    mute = {"._good0.jpg": b"mac", ".DS_Store": b"m", "__MACOSX/._good0.jpg": b"m", "__meta__/x.json": b"{}"}
+    report = check(dataset(tmp_path, good(0) | hidden | mute))
+    (told,) = report.problems
+    assert (told.severity, told.byte) == ("warning", place_of(tmp_path, "__train__/a.png"))
+    assert told.reason.startswith("3 files of images or sound are left out, as their names begin with a dot or with a")
+    (remark,) = load_index(tmp_path).remarks()
+    assert remark == "3 files of images or sound left out, as their names begin with a dot or with a folder __x__"
+
+
 def test_a_link_to_nothing_and_files_in_no_sample(tmp_path: Path) -> None:
     dataset(tmp_path, [*good(0).items(), ("README", b"r"), special("tree", tarfile.SYMTYPE, "x")], indexed=False)
     (tmp_path / "t.tar").symlink_to(tmp_path / "nowhere")
