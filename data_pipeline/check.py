@@ -71,7 +71,13 @@ def check_dataset(
     findings = _check_shards(check_shard, jobs, processes, progress)
     problems += _keys_in_several_shards(paths, findings)
     problems += [
-        Problem("error", name, None, None, f"{why}: nothing in it is read; unpack it here, or move it elsewhere")
+        Problem(
+            "error",
+            name,
+            None,
+            None,
+            f"{why}: nothing in it is read; make a plain .tar of it here, or move it elsewhere",
+        )
         for name, why in ignored_in(folder)
     ]
     if gap := gap_in(path.name for path in paths):

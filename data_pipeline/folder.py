@@ -13,10 +13,21 @@ from itertools import islice
 from pathlib import Path
 
 COMPRESSED = re.compile(
-    r"\.(tar\.(gz|bz2|xz|zst|lz4|lz|lzma|br|z|7z|zip)|tgz|tbz2?|txz|tzst|tlz|zip|7z|rar)$", re.IGNORECASE
+    r"\.(tar\.(gz|bz2|xz|zst|lz4|lz|lzma|lzo|sz|br|z|7z|zip)|tgz|tbz2?|txz|tzst|tlz|zip|7z|rar)$", re.IGNORECASE
 )
-UNFINISHED = re.compile(r"\.tar\.(part|partial|tmp|temp|crdownload|download|incomplete|aria2|filepart)$", re.IGNORECASE)
-SPLIT = re.compile(r"\.tar\.(\d{2,}|[a-z]{2}|part\d+)$", re.IGNORECASE)  # as `split` and others cut a tar
+TAR_IN_NAME = re.compile(r"\.(tar|tgz|tbz2?|txz|tzst|tlz)(?![a-z0-9])", re.IGNORECASE)
+UNFINISHED = re.compile(
+    r"\.(part|partial|tmp|temp|crdownload|download|incomplete|aria2|filepart|gstmp|opdownload|!ut|!qb)$", re.IGNORECASE
+)
+SPLIT = re.compile(  # as `split` and others cut a tar
+    r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))\.(\d{2,}|[a-z]{2}|part\d+)$", re.IGNORECASE
+)
+OURS = re.compile(r"^\..*\.[0-9a-f]{16}\.tmp$")  # a file that is being written (index.written_whole)
+ABOUT_A_TAR = re.compile(  # what other tools write beside one: indexes, checksums, signatures, notes
+    r"\.(npz|npy|idx|index|jsonl?|txt|[ct]sv|ya?ml|md|html?|xml|log|lst|list|lock|done|meta|torrent|"
+    r"(md5|sha\d+|crc\d*|crc32c)(sums?)?|asc|sig|sign|minisig)$",
+    re.IGNORECASE,
+)
 PARQUET = (".parquet", ".pq")
 NUMBERED = re.compile(r"(.*?)([0-9]+)([^0-9]*)")  # the last number of a name
 MOST_DIGITS = 12  # longer ones are hashes or times
@@ -45,6 +56,8 @@ def ignored_in(folder: Path) -> tuple[tuple[str, str], ...]:
 
 def _why_ignored(entry: os.DirEntry[str]) -> str:
     if entry.is_dir():
+        if entry.name.startswith("."):
+            return ""
         return "a folder, and tars in it are not read" if _holds_tars(entry.path) or is_shard(entry.name) else ""
     if why := _why_by_name(entry.name):
         return why
@@ -60,7 +73,7 @@ def ignored_names(names: Iterable[str]) -> tuple[tuple[str, str], ...]:
 
 def _of_note(found: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
     """Those with a reason. Parquet with the name of a tar is that tar's metadata, as img2dataset writes it."""
-    whys = {name: why for name, why in found if not name.startswith(".")}
+    whys = dict(found)
     tars = {os.path.splitext(name)[0] for name in whys if is_shard(name)}
     return tuple(
         (name, why)
@@ -70,13 +83,20 @@ def _of_note(found: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
 
 
 def _why_by_name(name: str) -> str:
+    hidden, of_a_tar = name.startswith("."), TAR_IN_NAME.search(name)
+    if hidden and (not of_a_tar or name.startswith("._") or OURS.search(name)):  # the second as macOS puts them there
+        return ""
     if COMPRESSED.search(name):
         return "compressed"
-    if UNFINISHED.search(name):
+    if of_a_tar and UNFINISHED.search(name):
         return "an unfinished download, by its name"
     if SPLIT.search(name):
         return "a part of a split tar, by its name"
-    return "Parquet, and beside tars only these are read" if name.lower().endswith(PARQUET) else ""
+    if name.lower().endswith(PARQUET):
+        return "Parquet, and beside tars only these are read"
+    if hidden and name.lower().endswith(".tar"):
+        return "hidden, as its name begins with a dot"
+    return "its name goes on after .tar" if of_a_tar and not (is_shard(name) or ABOUT_A_TAR.search(name)) else ""
 
 
 def _holds_tars(path: str) -> bool:

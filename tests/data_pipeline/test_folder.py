@@ -8,7 +8,7 @@ import pytest
 from tars import picture, tar_of
 
 from data_pipeline.check import check_dataset
-from data_pipeline.folder import empty_remark, gap_in
+from data_pipeline.folder import empty_remark, gap_in, ignored_names
 from data_pipeline.index import build_index, load_index
 
 
@@ -44,6 +44,25 @@ def test_a_gap_is_a_warning_of_check_and_a_remark_of_the_index(tmp_path: Path) -
     report = check_dataset(tmp_path, processes=0)
     assert report.ok
     assert [(each.severity, each.reason) for each in report.problems] == [("warning", told)]
+
+
+NOT_READ = {
+    "compressed": ["1.tar.gz", "2.tgz", "3.tar.sz", "4.zip", "5.TAR.LZO"],
+    "an unfinished download, by its name": ["1.tar.part", "2.tar.gz.partial", "3.tgz.crdownload", "4.tar_.gstmp"],
+    "a part of a split tar, by its name": ["1.tar.aa", "2.tar.00", "3.tar.gz.001", "4.tar.part1"],
+    "its name goes on after .tar": ["1.tar.1", "2.tar (1)", "3.tar.6eF4b2a1", "4.tar.gz.1", "5.tar~", ".6.tar.hT5xQz"],
+    "hidden, as its name begins with a dot": [".1.tar", ".2.TAR"],
+}
+OF_NO_NOTE = [
+    *("1.tar", "1.tar.idx.npz", ".1.tar.0123456789abcdef.tmp", ".1.tar.idx.npz.0123456789abcdef.tmp", "index.json"),
+    *("._1.tar", ".DS_Store", ".1.zip", "1.tar.md5", "1.tar.gz.sha256sum", "1.tar.idx", "1.tar.json", "about.tar.txt"),
+    *("1.target.bin", "tar", "README"),
+]
+
+
+@pytest.mark.parametrize(("why", "names"), NOT_READ.items(), ids=NOT_READ)
+def test_what_may_be_a_shard_by_a_part_of_its_name_is_told(why: str, names: list[str]) -> None:
+    assert ignored_names([*names, *OF_NO_NOTE]) == tuple((name, why) for name in sorted(names))
 
 
 @pytest.mark.parametrize("size", [0, 2, 6])

@@ -480,12 +480,12 @@ def test_files_beside_the_tars_are_told(folder: Path) -> None:
     index = load_index(folder)
     assert [shard.file for shard in index.shards] == ["a.tar", "b.tar", "d.TAR"]
     assert [name for name, _ in index.ignored] == [
-        "c.tar.gz", "e.tgz", "f.tar.zst", "g.tar.part", "h.parquet", "k.tar", "l.tar", "more",
+        ".i.tar", "c.tar.gz", "e.tgz", "f.tar.zst", "g.tar.part", "h.parquet", "k.tar", "l.tar", "more",
     ]  # fmt: skip
     assert load_index(folder).ignored == index.ignored  # from its index, too
     (line,) = open_dataset(folder).remarks()
-    assert "8 files or folders beside the tars are not read: c.tar.gz (compressed), e.tgz" in line
-    assert "f.tar.zst (compressed) and 5 more" in line
+    assert "9 files or folders beside the tars are not read: .i.tar (hidden, as its name begins with a dot)" in line
+    assert "c.tar.gz (compressed), e.tgz (compressed) and 6 more" in line
 
 
 def test_a_link_to_a_shard_that_is_not_there(folder: Path) -> None:
