@@ -1,6 +1,7 @@
 """Annotation files as data sets publish them: JSON, one JSON object a line, CSV and TSV.
 
 Whatever is wrong with one is a DataError of one sentence that names the file and, where it is known, the place in it.
+What is wrong with one row alone is a BadRowError, or is handed to a `skip`: it costs that row.
 An annotation file comes from somebody else: no value is used before its type is known (`need`).
 """
 
@@ -8,18 +9,19 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from data_pipeline.errors import DataError
+from data_pipeline.importers.leftovers import IMAGE_NAMES, OTHER_IMAGES, SOUND_NAMES, extension_of
 from data_pipeline.sample import trimmed
 
 Value = TypeVar("Value")
+Skip = Callable[[str, str], None]  # told of a row that is left out: (where it stands, why)
 
 LONGEST_VALUE = 1 << 24  # characters of one value in a CSV; the csv module's own limit is 131072
 LONGEST_MEMBER = 1 << 26  # characters of one member of a JSON object that is read bit by bit
@@ -27,6 +29,32 @@ SWALLOWED = (
     "a quote closes there that was opened rows before, with a row inside it ({!r}): write a quote in a text twice"
 )
 CHUNK = 1 << 20  # characters read at once
+
+
+class BadRowError(DataError):
+    """One row, or one object of a list, that cannot be used: `where` it stands, and the `reason`."""
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(where, reason)
+        self.where = where
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
+
+
+def lines_of(text: str) -> list[str]:
+    r"""The lines of a text, which end at \n, \r\n and \r alone.
+
+    `str.splitlines` also breaks at U+2028, U+0085, VT and FF, which stand within captions and JSON texts.
+    """
+    return re.split(r"\r\n|\n|\r", text)
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file; DataError when it is not UTF-8."""
+    with _told(path):
+        return lines_of(path.read_text(encoding="utf-8-sig"))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -38,8 +66,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return tree
 
 
-def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where it stands, object) of each line of a JSON-lines file; blank lines aside."""
+def json_lines(path: Path, skip: Skip | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where it stands, object) of each line of a JSON-lines file; blank lines aside.
+
+    A line that is no object is told to `skip`, or is a BadRowError where there is none.
+    """
+    skip = skip or _raise
     number = 0
     with path.open(encoding="utf-8-sig") as file:
         while True:
@@ -47,14 +79,19 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             where = f"{path} line {number}"
             with _told(where):
                 line = file.readline()
-                tree = json.loads(line) if line.strip() else None
             if not line:
                 return
-            if tree is None:
+            if not line.strip():
                 continue
-            if not isinstance(tree, dict):
-                raise DataError(f"{where} holds {_name(tree)} where an object should be")
-            yield where, tree
+            try:
+                tree = json.loads(line, object_pairs_hook=unique_names)
+            except (ValueError, RecursionError) as error:
+                skip(where, f"is not JSON, damaged or cut short ({json_reason(error)})")
+                continue
+            if isinstance(tree, dict):
+                yield where, tree
+            else:
+                skip(where, f"holds {_name(tree)} where an object should be")
 
 
 def json_members(path: Path) -> Iterator[tuple[str, Any]]:
@@ -84,12 +121,20 @@ def json_members(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def rows(
-    path: Path, columns: Sequence[str], *, delimiter: str = ",", quoted: bool = True, encoding: str = "utf-8-sig"
+    path: Path,
+    columns: Sequence[str],
+    skip: Skip | None = None,
+    *,
+    delimiter: str = ",",
+    quoted: bool = True,
+    encoding: str = "utf-8-sig",
 ) -> Iterator[tuple[str, dict[str, str]]]:
     """(where it stands, row by column) of a CSV with a header that has all of `columns`; missing cells are "".
 
-    DataError at a row that has more cells than there are columns: a value has been cut. Blank ones at its end may be.
+    A row that has more cells than there are columns is told to `skip`, or is a BadRowError where there is none: a value
+    has been cut. Blank ones at its end may be.
     """
+    skip = skip or _raise
     csv.field_size_limit(LONGEST_VALUE)
     number = 1
     with path.open(newline="", encoding=encoding) as file:
@@ -117,7 +162,8 @@ def rows(
             more: Any = row.pop(None, ())  # type: ignore[call-overload]  # where DictReader puts what is too many
             if any(cell.strip() for cell in more):
                 cells = f"{len(there) + len(more)} cells, where the header has {len(there)}"
-                raise DataError(f"{path} line {number} has {cells}: a value with {delimiter!r} in it has been cut")
+                skip(f"{path} line {number}", f"has {cells}: a value with {delimiter!r} in it has been cut")
+                continue
             swallowed = swallowed_row(list(row.values()), delimiter, len(there), row[columns[0]]) if quoted else ""
             if swallowed:
                 raise DataError(f"{path} line {number}: {SWALLOWED.format(swallowed[:60])}")
@@ -132,35 +178,40 @@ def refuse_twice(columns: Sequence[str], path: Path) -> None:
         raise DataError(f"{path} has {named[twice]} columns called {twice!r}: give them different names")
 
 
-def swallowed_row(cells: Sequence[str], delimiter: str, columns: int, alike: str = "") -> str:
+def swallowed_row(
+    cells: Sequence[str],
+    delimiter: str,
+    columns: int,
+    alike: str = "",
+    known: Callable[[str], bool] = lambda name: False,
+) -> str:
     """The first line within a value that looks like a row of the table; "" when none does.
 
     A quote that opens in one row and closes in another makes one value of all between. Looks like a row: has as many
-    cells as there are `columns`, and one with the extension of `alike`, a name in this row, where that has one.
+    cells as there are `columns`, and one that names a file: with the extension of an image, of a sound, or of `alike`,
+    a name in this row. Where that has none, more than two cells will do, or one that is the `known` name of a file.
     """
-    extension = os.path.splitext(alike.strip())[1].lower()
+    extension = extension_of(alike.strip())
+    extensions = {*IMAGE_NAMES, *OTHER_IMAGES, *SOUND_NAMES, *([extension] if extension else [])}
     for cell in cells:
-        for line in re.split(r"[\r\n]+", cell)[1:]:
-            inner = line.split(delimiter)
-            if len(inner) < columns:
-                continue
-            if (
-                any(os.path.splitext(each.strip(" \"'"))[1].lower() == extension for each in inner)
-                if extension
-                else columns > 2
+        for line in lines_of(cell)[1:]:
+            inner = [each.strip(" \"'") for each in line.split(delimiter)]
+            if len(inner) >= columns and (
+                any(extension_of(each) in extensions for each in inner)
+                or (not extension and (columns > 2 or any(map(known, inner))))
             ):
                 return line
     return ""
 
 
 def need(record: dict[str, Any], name: str, kind: type[Value], where: str) -> Value:
-    """record[name], which must be there and a `kind` (an int is a float too); DataError says `where` it is not."""
+    """record[name], which must be there and a `kind` (an int is a float too); BadRowError says `where` it is not."""
     value = record.get(name)
     if kind is float and type(value) is int:
         return value  # type: ignore[return-value]  # as Python has it for annotations: int where float is wanted
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         found = f"is {_name(value)}" if name in record else "is not there"
-        raise DataError(f"{where}: {name!r} {found}, where {_name(kind())} should be")
+        raise BadRowError(where, f"{name!r} {found}, where {_name(kind())} should be")
     return value
 
 
@@ -169,13 +220,20 @@ def need_id(record: dict[str, Any], name: str, where: str) -> str | int:
     return need(record, name, str, where) if isinstance(record.get(name), str) else need(record, name, int, where)
 
 
-def objects(tree: dict[str, Any], name: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where it stands, object) of each element of the list tree[name]."""
+def objects(
+    tree: dict[str, Any], name: str, path: Path, skip: Skip | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where it stands, object) of each element of the list tree[name].
+
+    What is no object is told to `skip`, or is a BadRowError where there is none.
+    """
+    skip = skip or _raise
     for number, element in enumerate(need(tree, name, list, str(path))):
         where = f"{path}, {name}[{number}]"
-        if not isinstance(element, dict):
-            raise DataError(f"{where} is {_name(element)} where an object should be")
-        yield where, element
+        if isinstance(element, dict):
+            yield where, element
+        else:
+            skip(where, f"is {_name(element)} where an object should be")
 
 
 def csv_reason(error: csv.Error) -> str:
@@ -184,6 +242,15 @@ def csv_reason(error: csv.Error) -> str:
         return "a quote that opens there is never closed"
     if "expected after" in str(error):
         return "a value goes on after its closing quote (a quote within a value is written twice)"
+    return str(error)
+
+
+def json_reason(error: Exception) -> str:
+    """What is wrong with JSON, in words for those who wrote the file."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deep"
+    if "integer string conversion" in str(error):
+        return "it holds a number with more digits than can be read"
     return str(error)
 
 
@@ -229,7 +296,11 @@ def _told(where: object) -> Iterator[None]:
     except csv.Error as error:
         raise DataError(f"{where} is damaged: {csv_reason(error)}") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not JSON, damaged or cut short ({error})") from error
+        raise DataError(f"{where} is not JSON, damaged or cut short ({json_reason(error)})") from error
+
+
+def _raise(where: str, reason: str) -> None:
+    raise BadRowError(where, reason)
 
 
 def _name(value: Any) -> str:

@@ -52,7 +52,7 @@ def _gather_set(path: Path, root: Path, found: Gathered) -> None:
     part = part_of(path.name)
     sounds = _sounds(root, path.stem)
     clips: dict[tuple[str, str], list[tuple[str, str]]] = {}  # (video, start) -> (id, caption) of its rows
-    for _, row in rows(path, COLUMNS):
+    for _, row in rows(path, COLUMNS, found.skip):
         clip = (row["youtube_id"].strip(), row["start_time"].strip())
         clips.setdefault(clip, []).append((row["audiocap_id"].strip(), row["caption"]))
     for (video, start), said in clips.items():

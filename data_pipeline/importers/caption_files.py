@@ -20,16 +20,20 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import DataError
+from data_pipeline.importers.annotations import json_lines, json_reason, lines_of, unique_names
 from data_pipeline.importers.captions import NO_CAPTION, usable
 from data_pipeline.importers.gather import part_named
 from data_pipeline.importers.leftovers import extension_of, looks_like_image
 from data_pipeline.importers.table import (
     CAPTION_COLUMNS,
+    CSV_EXTENSIONS,
     IMAGE_COLUMNS,
+    PARQUET_EXTENSIONS,
     Row,
     column_among,
     csv_columns,
@@ -131,7 +135,7 @@ def _captions_of_text(path: Path) -> tuple[tuple[str, ...], str]:
     """(captions, "") of a .txt, or ((), why there are none)."""
     kind = f"its .{extension_of(path.name)}"
     try:
-        lines = text_of(path.read_bytes()).removeprefix("\ufeff").splitlines()
+        lines = lines_of(text_of(path.read_bytes()).removeprefix("\ufeff"))
     except DataError as error:
         return (), f"{kind} {str(error).partition(' (')[0]}"  # in the same words for all such files
     except OSError as error:
@@ -200,7 +204,7 @@ def _rows(path: Path, file: str, names: _Names) -> tuple[Iterator[Row] | None, s
         return None, reason
     if extension in ("parquet", "pq"):
         return parquet_rows(path, image, caption), ""
-    return csv_rows(path, image, caption, split=column_among(columns, SPLIT_COLUMNS)), ""
+    return csv_rows(path, image, caption, split=column_among(columns, SPLIT_COLUMNS), known=names.knows), ""
 
 
 def _columns(columns: list[str], path: Path) -> tuple[str | None, str | None, str]:
@@ -210,29 +214,24 @@ def _columns(columns: list[str], path: Path) -> tuple[str | None, str | None, st
     if not image and not caption:
         return None, None, NOT_CAPTIONS
     missing = "" if image and caption else "captions" if image else "images, so that its captions cannot be placed"
-    return (
-        image,
-        caption,
-        (
-            f"has the columns {there}, and none called as columns of {missing}: name them with "
-            f"`weft data import table {path} OUT --image-column A --caption-column B`"
-        ),
-    )
+    if path.suffix.lower() in (*CSV_EXTENSIONS, *PARQUET_EXTENSIONS):
+        way_out = f"name them with `weft data import table {path} OUT --image-column A --caption-column B`"
+    else:
+        way_out = f"call them {IMAGE_COLUMNS[0]!r} and {COLUMNS[0]!r}"
+    return image, caption, f"has the columns {there}, and none called as columns of {missing}: {way_out}"
 
 
 def _json_table(path: Path, file: str, names: _Names) -> tuple[Iterator[Row] | None, str]:
     """The same of JSON: lines of objects, a list of objects, or an object {image: captions}."""
+    if extension_of(file) != "json":
+        return _json_lines_table(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        if extension_of(file) == "json":
-            tree = json.loads(text, object_pairs_hook=unique_names)
-        else:
-            lines = [line for line in text.splitlines() if line.strip()]
-            tree = [json.loads(line, object_pairs_hook=unique_names) for line in lines]
+        tree = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique_names)
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 ({error}): save it as UTF-8") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON, damaged or cut short ({error}): repair it, or remove it") from error
+        reason = json_reason(error)
+        raise DataError(f"{path} is not JSON, damaged or cut short ({reason}): repair it, or remove it") from error
     if isinstance(tree, dict) and {"images", "annotations"} <= tree.keys():
         return None, "holds captions in the form of COCO, or boxes: see `weft data import coco`"
     if isinstance(tree, dict):
@@ -240,21 +239,40 @@ def _json_table(path: Path, file: str, names: _Names) -> tuple[Iterator[Row] | N
         if not lists:
             return _json_mapping(tree, file, names)
         tree = lists[0]
-    objects = [each for each in tree if isinstance(each, dict)] if isinstance(tree, list) else []
-    columns = list(dict.fromkeys(name for each in objects for name in each))
+    listed = tree if isinstance(tree, list) else []
+    return _object_table([(f"row {number}", each) for number, each in enumerate(listed, start=1)], path)
+
+
+def _json_lines_table(path: Path) -> tuple[Iterator[Row] | None, str]:
+    """The same of JSON lines; a line that is no object is a row with a reason. DataError when none is one."""
+    bad: list[Row] = []
+
+    def skip(where: str, reason: str) -> None:
+        bad.append(Row(where.removeprefix(f"{path} "), reason=reason))
+
+    objects = [(where.removeprefix(f"{path} "), each) for where, each in json_lines(path, skip)]
+    if bad and not objects:
+        raise DataError(f"{path} {bad[0].name} {bad[0].reason}: repair it, or remove it")
+    rows, reason = _object_table(objects, path)
+    return (chain(bad, rows), "") if rows is not None else (None, reason)
+
+
+def _object_table(objects: list[tuple[str, Any]], path: Path) -> tuple[Iterator[Row] | None, str]:
+    """The rows of objects, each with what it is called, by the columns of all of them."""
+    columns = list(dict.fromkeys(name for _, each in objects if isinstance(each, dict) for name in each))
     image, caption, reason = _columns(columns, path)
     if not image or not caption:
         return None, reason
-    return _object_rows(tree, image, caption, column_among(columns, SPLIT_COLUMNS)), ""
+    return _object_rows(objects, image, caption, column_among(columns, SPLIT_COLUMNS)), ""
 
 
 def _json_mapping(tree: dict[str, Any], file: str, names: _Names) -> tuple[Iterator[Row] | None, str]:
     """The rows of {image: caption}, {image: [captions]} or {image: {"caption": ...}}."""
-    objects = [{"file_name": name, **_object(value)} for name, value in tree.items()]
+    objects = [(name, {"file_name": name, **_object(value)}) for name, value in tree.items()]
     by_stem = TABLE_TEXT.fullmatch(posixpath.basename(file)) and any(map(names.knows, tree))
     named = by_stem or any(map(looks_like_image, tree))
     said = any(
-        isinstance(value, dict) and "caption" in each for each, value in zip(objects, tree.values(), strict=True)
+        isinstance(value, dict) and "caption" in each for (_, each), value in zip(objects, tree.values(), strict=True)
     )
     return (_object_rows(objects, "file_name", "caption", None), "") if named or said else (None, NOT_CAPTIONS)
 
@@ -267,11 +285,11 @@ def _object(value: Any) -> dict[str, Any]:
     return {"caption": value}
 
 
-def _object_rows(objects: list[Any], image: str, caption: str, split: str | None) -> Iterator[Row]:
-    for number, each in enumerate(objects, start=1):
+def _object_rows(objects: Iterable[tuple[str, Any]], image: str, caption: str, split: str | None) -> Iterator[Row]:
+    for called, each in objects:
         name = each.get(image) if isinstance(each, dict) else None
         if not isinstance(name, str) or not name.strip():
-            yield Row(f"row {number}", reason=NO_NAME)
+            yield Row(called, reason=NO_NAME)
             continue
         captions, problem = usable(each.get(caption))
         part = each.get(split) if split else None

@@ -52,8 +52,8 @@ def gather_clotho(source: Path, found: Gathered) -> None:
             for called in (name, f"clotho_audio_{name}", f"clotho_audio_{name}/{name}")
             if any((parent / called).glob("*.wav"))
         ), root / name)  # fmt: skip
-        licences = _licences(path.with_name(f"clotho_metadata_{name}.csv"))
-        for _, row in rows(path, ["file_name", *CAPTIONS]):
+        licences = _licences(path.with_name(f"clotho_metadata_{name}.csv"), found)
+        for _, row in rows(path, ["file_name", *CAPTIONS], found.skip):
             sound = row["file_name"]
             file = found.file(sound, folder, f"{name}/{sound}")
             if file is not None:
@@ -62,8 +62,9 @@ def gather_clotho(source: Path, found: Gathered) -> None:
                 found.add(f"{name}/{sound}", file, captions, id=sound, part=PARTS[name], licence=licence)
 
 
-def _licences(path: Path) -> dict[str, str]:
+def _licences(path: Path, found: Gathered) -> dict[str, str]:
     """The licence of each sound, where there is a table that tells."""
     if not path.is_file():
         return {}
-    return {row["file_name"]: row["license"] for _, row in rows(path, ["file_name", "license"], encoding="latin-1")}
+    table = rows(path, ["file_name", "license"], found.skip, encoding="latin-1")
+    return {row["file_name"]: row["license"] for _, row in table}

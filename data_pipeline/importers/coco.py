@@ -14,7 +14,7 @@ Design choices:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -43,30 +43,55 @@ def gather_coco(source: Path, found: Gathered) -> None:
         found.source = f"COCO {year} captions"
         folder = _images(root, part + year, found)
         tree = read_json(path)
-        licences = licences_of(tree, path)
+        licences = _licences(tree, path, found)
         captions: dict[str | int, list[str]] = {}
-        for where, annotation in objects(tree, "annotations", path):
-            captions.setdefault(need_id(annotation, "image_id", where), []).append(
-                need(annotation, "caption", str, where)
-            )
-        for where, image in objects(tree, "images", path):
-            number = need_id(image, "id", where)
-            name = need(image, "file_name", str, where)
-            texts = captions.pop(number, [])
-            file = found.file(name, folder, f"{part}{year}/{name}")
-            if file is not None:
-                licence = licences.get(need_id(image, "license", where)) if "license" in image else None
-                found.add(f"{part}{year}/{name}", file, texts, id=number, part=PARTS[part], licence=licence)
-        for number in captions:
+        for where, annotation in objects(tree, "annotations", path, found.skip):
+            with found.skipping():
+                number, caption = need_id(annotation, "image_id", where), need(annotation, "caption", str, where)
+                captions.setdefault(number, []).append(caption)
+        images = list(_images_listed(tree, path, found))
+        names: dict[str | int, dict[str, None]] = {}
+        for number, name, _ in images:
+            names.setdefault(number, {})[name] = None
+        taken: set[str | int] = set()
+        for number, name, licence in images:
+            called = f"{part}{year}/{name}"
+            file = found.file(name, folder, called)
+            if file is None:
+                continue
+            if len(names[number]) > 1:
+                others = ", ".join(other for other in names[number] if other != name)
+                found.skip(called, f"has the id of {others}, {number}: it is not clear whose captions are meant")
+            elif number in taken:
+                found.skip(called, f"is listed again, with the same id, {number}")
+            else:
+                texts = captions.get(number, [])
+                told = licences.get(licence) if licence is not None else None
+                found.add(called, file, texts, id=number, part=PARTS[part], licence=told)
+            taken.add(number)
+        for number in (number for number in captions if number not in names):
             found.skip(f"{part}{year} image {number}", "has captions, but the file does not list it among its images")
 
 
-def licences_of(tree: dict[str, Any], path: Path) -> dict[str | int, str]:
+def _images_listed(
+    tree: dict[str, Any], path: Path, found: Gathered
+) -> Iterator[tuple[str | int, str, str | int | None]]:
+    """(id, file name, number of the licence or None) of each image that a COCO file lists."""
+    for where, image in objects(tree, "images", path, found.skip):
+        with found.skipping():
+            number, name = need_id(image, "id", where), need(image, "file_name", str, where)
+            licence = None if image.get("license") is None else need_id(image, "license", where)
+            yield number, name, licence
+
+
+def _licences(tree: dict[str, Any], path: Path, found: Gathered) -> dict[str | int, str]:
     """The names of the licences that a COCO file lists, by their numbers there."""
-    if not isinstance(tree.get("licenses"), list):
-        return {}
-    listed = objects(tree, "licenses", path)
-    return {need_id(licence, "id", where): need(licence, "name", str, where) for where, licence in listed}
+    licences: dict[str | int, str] = {}
+    if isinstance(tree.get("licenses"), list):
+        for where, licence in objects(tree, "licenses", path, found.skip):
+            with found.skipping():
+                licences[need_id(licence, "id", where)] = need(licence, "name", str, where)
+    return licences
 
 
 def _images(root: Path, name: str, found: Gathered) -> Path:

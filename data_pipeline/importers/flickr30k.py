@@ -18,8 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Unpack
 
-from data_pipeline.errors import DataError
-from data_pipeline.importers.annotations import need, need_id, objects, read_json
+from data_pipeline.importers.annotations import BadRowError, need, need_id, objects, read_json, read_lines
 from data_pipeline.importers.gather import Gathered, Options, find_annotations, run_import
 from data_pipeline.importers.image import read_image
 from data_pipeline.importers.split import Imported
@@ -59,23 +58,24 @@ def gather_flickr30k(source: Path, found: Gathered) -> None:
 
 
 def _gather_karpathy(path: Path, folder: Path, found: Gathered) -> None:
-    for where, image in objects(read_json(path), "images", path):
-        name, split = need(image, "filename", str, where), need(image, "split", str, where)
-        if split not in PARTS:
-            raise DataError(f"{where}: 'split' is {split!r}, which is none of {', '.join(PARTS)}")
-        captions = [need(sentence, "raw", str, place) for place, sentence in objects(image, "sentences", Path(where))]
-        file = found.file(name, folder)
-        if file is not None:
-            found.add(name, file, captions, id=need_id(image, "imgid", where), part=PARTS[split])
+    for where, image in objects(read_json(path), "images", path, found.skip):
+        with found.skipping():
+            name, split = need(image, "filename", str, where), need(image, "split", str, where)
+            number = need_id(image, "imgid", where)
+            if split not in PARTS:
+                raise BadRowError(where, f"'split' is {split!r}, which is none of {', '.join(PARTS)}")
+            captions = []
+            for place, sentence in objects(image, "sentences", Path(where), found.skip):
+                with found.skipping():
+                    captions.append(need(sentence, "raw", str, place))
+            file = found.file(name, folder)
+            if file is not None:
+                found.add(name, file, captions, id=number, part=PARTS[split])
 
 
 def _captions(path: Path, pattern: re.Pattern[str], found: Gathered) -> Iterator[tuple[str, str]]:
     """(image, caption) of each line; a line of another form is left out, but for the header."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 ({error})") from error
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         match = pattern.fullmatch(line)
         if match:
             yield match["image"], match["caption"]

@@ -20,20 +20,22 @@ Design choices:
   whole instead of failing.
 - An image or sound beside those that annotations name, of whatever kind, is told: it may be what was meant.
 - A missing or refused file is told once, however many annotations it has.
+- A row that cannot be used costs itself, and is told (`skipping`, and the `skip` of what reads rows).
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
 from data_pipeline.errors import DataError
-from data_pipeline.importers.annotations import clean
-from data_pipeline.importers.captions import NO_CAPTION
+from data_pipeline.importers.annotations import BadRowError, clean
+from data_pipeline.importers.captions import NO_CAPTION, usable
 from data_pipeline.importers.leftovers import unnamed
 from data_pipeline.importers.split import (
     Candidate,
@@ -114,24 +116,44 @@ class Gathered:
         self,
         name: str,
         place: Any,
-        captions: Iterable[str],
+        captions: Iterable[Any],
         *,
         id: str | int,
+        spoken: bool = False,
         part: str | None = None,
         licence: str | None = None,
         bonds: Sequence[str] = (),
         **metadata: Any,
     ) -> None:
-        """Take a sample, unless all its captions are blank: then it is left out, and told."""
-        texts = tuple(text for text in map(clean, captions) if text)
+        """Take a sample with those of its captions that are `usable`; without any it is left out, and told.
+
+        Of others, what is no caption is told too, blanks aside. `spoken`: the captions are transcripts.
+        """
+        texts: list[str] = []
+        problems: dict[str, None] = {}
+        for caption in captions:
+            text, problem = usable(caption, spoken=spoken)
+            texts += text
+            if problem:
+                problems[problem] = None
+        told = [problem for problem in problems if problem != NO_CAPTION]
         if not texts:
-            self.skipped.append(Skipped(name, NO_CAPTION))
+            self.skipped.append(Skipped(name, told[0] if told else NO_CAPTION))
             return
+        self.skipped += [Skipped(f"one of the captions of {name}", problem) for problem in told]
         provenance = Provenance(self.source, licence or self.licence, id)
         given = {key: value for key, value in metadata.items() if value is not None}
         self.candidates.append(
-            Candidate(name, texts, place, given, provenance=provenance, part=part, bonds=tuple(bonds))
+            Candidate(name, tuple(texts), place, given, provenance=provenance, part=part, bonds=tuple(bonds))
         )
+
+    @contextmanager
+    def skipping(self) -> Iterator[None]:
+        """Leaves out, and tells, the row that is a BadRowError inside."""
+        try:
+            yield
+        except BadRowError as error:
+            self.skip(error.where, error.reason)
 
     def skip(self, name: str, reason: str) -> None:
         """Leave something out."""

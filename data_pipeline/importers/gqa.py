@@ -17,8 +17,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Unpack
 
-from data_pipeline.errors import DataError
-from data_pipeline.importers.annotations import json_members, need
+from data_pipeline.importers.annotations import BadRowError, json_members, need
 from data_pipeline.importers.gather import Gathered, Options, find_annotations, run_import
 from data_pipeline.importers.image import read_image
 from data_pipeline.importers.questions import Asked, open_question
@@ -54,13 +53,14 @@ def _gather_set(path: Path, part: str, folder: Path, found: Gathered) -> None:
     asked = Asked(found)
     for number, question in json_members(path):
         where = f"{path}, question {number}"
-        if not isinstance(question, dict):
-            raise DataError(f"{where} is no object")
-        image = need(question, "imageId", str, where)
-        shown = asked.image(f"{image}.jpg", folder, f"{image}.jpg", image, part)
-        if shown is not None:
-            text, answer = need(question, "question", str, where), need(question, "answer", str, where)
-            shown.qa.append(_question(number, text, answer, question))
+        with found.skipping():
+            if not isinstance(question, dict):
+                raise BadRowError(where, "is no object")
+            image = need(question, "imageId", str, where)
+            shown = asked.image(f"{image}.jpg", folder, f"{image}.jpg", image, part)
+            if shown is not None:
+                text, answer = need(question, "question", str, where), need(question, "answer", str, where)
+                shown.qa.append(_question(number, text, answer, question))
     asked.finish()
 
 

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from data_pipeline.errors import DataError, first_line
-from data_pipeline.importers.captions import usable
 from data_pipeline.importers.gather import Gathered, Options, run_import
 from data_pipeline.importers.split import Imported
 from data_pipeline.importers.table import NOT_UTF8, Cell, read_place
@@ -78,11 +77,7 @@ def _take(row: dict[str, Any], table: Path, folder: Path, found: Gathered) -> No
     if place is not None:
         caption, url = row["caption"], row["url"]
         told = url if isinstance(url, str) else name
-        captions, problem = usable(caption)
-        if captions:
-            found.add(name, place, captions, id=told)
-        else:
-            found.skip(name, problem)
+        found.add(name, place, caption if isinstance(caption, list) else [caption], id=told)
 
 
 def _rows(table: Path) -> Iterator[dict[str, Any]]:

@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 from typing import Unpack
 
-from data_pipeline.errors import DataError
+from data_pipeline.importers.annotations import read_lines
 from data_pipeline.importers.gather import Gathered, Options, part_of, run_import
 from data_pipeline.importers.sound import SOUND_EXTENSIONS, read_sound
 from data_pipeline.importers.split import Imported
@@ -53,11 +53,7 @@ def _gather_chapter(path: Path, part: str | None, source: Path, found: Gathered)
     below = chapter.relative_to(source).as_posix()
     speaker, number = chapter.parent.name, chapter.name
     heard = {name for name in os.listdir(chapter) if name.lower().endswith(SOUND_EXTENSIONS)}
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 ({error})") from error
-    for line in lines:
+    for line in read_lines(path):
         utterance, _, text = line.strip().partition(" ")
         if not utterance:
             continue
@@ -68,8 +64,8 @@ def _gather_chapter(path: Path, part: str | None, source: Path, found: Gathered)
         file = found.file(written, chapter, name)
         if file is not None:
             found.add(
-                name, file, [text], id=utterance, part=part, bonds=[f"speaker {speaker}"], speaker=speaker,
-                chapter=number,
+                name, file, [text], id=utterance, spoken=True, part=part, bonds=[f"speaker {speaker}"],
+                speaker=speaker, chapter=number,
             )  # fmt: skip
     for name in sorted(heard):
         found.skip(f"{below}/{name}", f"has no line in {path.name}")

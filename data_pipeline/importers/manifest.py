@@ -15,12 +15,10 @@ Design choices:
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
-from data_pipeline.errors import DataError
-from data_pipeline.importers.annotations import json_lines, need, rows
+from data_pipeline.importers.annotations import BadRowError, json_lines, need, rows
 from data_pipeline.importers.gather import Gathered, Options, part_of, run_import
 from data_pipeline.importers.sound import Stretch, read_sound
 from data_pipeline.importers.split import Imported
@@ -58,8 +56,13 @@ def gather_manifests(source: Path, found: Gathered) -> None:
             folder = found.media
         else:
             folder = path.parent / "clips" if table else path.parent
-        for line in _common_voice(path) if table else _nemo(path):
-            _take(line, part, folder, found)
+        if table:
+            for _, row in rows(path, ["path", "sentence"], found.skip, delimiter="\t", quoted=False):
+                _take(_common_voice(row), part, folder, found)
+        else:
+            for where, record in json_lines(path, found.skip):
+                with found.skipping():
+                    _take(_nemo(record, where), part, folder, found)
 
 
 def _take(line: Line, part: str | None, folder: Path, found: Gathered) -> None:
@@ -70,13 +73,14 @@ def _take(line: Line, part: str | None, folder: Path, found: Gathered) -> None:
     bonds = [f"speaker {line.speaker}"] if line.speaker else []
     told = {"speaker": line.speaker, "language": line.language}
     if line.start is None:
-        found.add(name, place, [line.text], id=name, part=part, bonds=bonds, **told)
+        found.add(name, place, [line.text], id=name, spoken=True, part=part, bonds=bonds, **told)
         return
     stem, extension = os.path.splitext(name)
     name = f"{stem}-{round(line.start * 1000):08d}{extension}"
     stretch = Stretch(place, line.start, line.length)
+    start, seconds = line.start, line.length
     found.add(
-        name, stretch, [line.text], id=name, part=part, bonds=bonds, start=line.start, seconds=line.length, **told
+        name, stretch, [line.text], id=name, spoken=True, part=part, bonds=bonds, start=start, seconds=seconds, **told
     )
 
 
@@ -94,22 +98,21 @@ def _manifests(source: Path) -> dict[Path, str | None]:
     return manifests
 
 
-def _nemo(path: Path) -> Iterator[Line]:
-    for where, record in json_lines(path):
-        start = _seconds(record, "offset", where)
-        length = _seconds(record, "duration", where) if start is not None else None
-        if length == 0:
-            raise DataError(f"{where}: 'duration' is 0, of which nothing can be heard")
-        speaker = next((record[name] for name in SPEAKERS if record.get(name) is not None), None)
-        language = record.get("lang", record.get("language"))
-        yield Line(
-            need(record, "audio_filepath", str, where),
-            need(record, "text", str, where) if "text" in record else "",
-            None if speaker is None else str(speaker),
-            language if isinstance(language, str) else None,
-            start,
-            length,
-        )
+def _nemo(record: dict[str, Any], where: str) -> Line:
+    start = _seconds(record, "offset", where)
+    length = _seconds(record, "duration", where) if start is not None else None
+    if length == 0:
+        raise BadRowError(where, "'duration' is 0, of which nothing can be heard")
+    speaker = next((record[name] for name in SPEAKERS if record.get(name) is not None), None)
+    language = record.get("lang", record.get("language"))
+    return Line(
+        need(record, "audio_filepath", str, where),
+        need(record, "text", str, where) if "text" in record else "",
+        None if speaker is None else str(speaker),
+        language if isinstance(language, str) else None,
+        start,
+        length,
+    )
 
 
 def _seconds(record: dict[str, Any], name: str, where: str) -> float | None:
@@ -118,10 +121,9 @@ def _seconds(record: dict[str, Any], name: str, where: str) -> float | None:
         return None
     seconds = need(record, name, float, where)
     if not 0 <= seconds < LONGEST:
-        raise DataError(f"{where}: {name!r} is {seconds}, which is no time in a sound")
+        raise BadRowError(where, f"{name!r} is {seconds}, which is no time in a sound")
     return seconds
 
 
-def _common_voice(path: Path) -> Iterator[Line]:
-    for _, row in rows(path, ["path", "sentence"], delimiter="\t", quoted=False):
-        yield Line(row["path"], row["sentence"], row.get("client_id") or None, row.get("locale") or None)
+def _common_voice(row: dict[str, str]) -> Line:
+    return Line(row["path"], row["sentence"], row.get("client_id") or None, row.get("locale") or None)

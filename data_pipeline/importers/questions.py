@@ -51,9 +51,9 @@ class Asked:
         return self.images[name]
 
     def finish(self, licence: str | None = None) -> None:
-        """Hand every image with its questions on."""
+        """Hand every image with its questions on; one whose questions were all left out has been told with them."""
         for image in self.images.values():
-            if image is not None:
+            if image is not None and image.qa:
                 captions = dict.fromkeys(f"{each['question']} {each['answer']}" for each in image.qa)
                 self.found.add(
                     image.name,

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -160,8 +160,12 @@ def find_column(columns: list[str], wanted: str | None, usual: tuple[str, ...], 
 
 
 def column_among(columns: list[str], usual: tuple[str, ...]) -> str | None:
-    """The first of the `usual` names that there is a column of, in any case; None when there is none."""
+    """The first of the `usual` names that there is a column of; None when there is none.
+
+    In any case of letters, but of "Caption" and "caption" the one that is written as usual.
+    """
     by_name = {column.strip().lower(): column for column in reversed(columns)}
+    by_name |= {column: column for column in columns if column in usual}
     return next((by_name[name] for name in usual if name in by_name), None)
 
 
@@ -227,20 +231,30 @@ def csv_columns(table: Path) -> list[str]:
 
 
 def csv_rows(
-    table: Path, image_column: str | None, caption_column: str | None, *, split: str | None = None, quotes: bool = True
+    table: Path,
+    image_column: str | None,
+    caption_column: str | None,
+    *,
+    split: str | None = None,
+    quotes: bool = True,
+    known: Callable[[str], bool] | None = None,
 ) -> Iterator[Row]:
     """The rows of a CSV, whatever of DELIMITERS its header is divided by.
 
-    `split`: a column that says which set a row is of. `quotes`: False reads a quote as a letter like others.
+    `split`: a column that says which set a row is of. `quotes`: False reads a quote as a letter like others. `known`:
+    whether something is the name of an image; default: of a file beside the table.
     """
+    known = known or (lambda name: os.path.isfile(table.parent / name))
     csv.field_size_limit(LONGEST_VALUE)
     number, line = 0, 1  # of the last row, and where the next one begins
     quoting: Any = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
-            delimiter = _delimiter(file.readline())
+            header = file.readline()
+            delimiter = _delimiter(header)
             file.seek(0)
-            reader = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
+            blanks = quotes and f"{delimiter} " in header  # a blank after each delimiter: quotes stand behind it
+            reader = csv.reader(file, delimiter=delimiter, quoting=quoting, skipinitialspace=blanks, strict=True)
             columns = next(reader, [])
             if not columns:
                 raise DataError(f"{table} is empty, or its first line is: it must begin with the names of its columns")
@@ -255,15 +269,17 @@ def csv_rows(
                 number += 1
                 row = dict(zip(columns, cells, strict=False))  # cells may be missing at the end
                 path = row.get(image, "").strip()
-                swallowed = swallowed_row(cells, delimiter, len(columns), path) if line > began + 1 else ""
+                swallowed = swallowed_row(cells, delimiter, len(columns), path, known) if line > began + 1 else ""
                 if swallowed:
                     raise DataError(
                         f"{table} line {began}: a quote that opens there closes in line {line - 1}, with rows between "
                         f"({swallowed[:60]!r}): {NO_QUOTES}"
                     )
                 if any(map(str.strip, cells[len(columns) :])):
-                    too_many = f"has {len(cells)} cells, where the table has {len(columns)} columns: quote its texts"
-                    yield Row(f"row {number}", reason=too_many)
+                    too_many = f"has {len(cells)} cells, where the table has {len(columns)} columns"
+                    behind = any(cell.startswith(' "') for cell in cells)
+                    way_out = "take the blanks before its quotes away" if behind else "quote its texts"
+                    yield Row(f"row {number}", reason=f"{too_many}: {way_out}")
                     continue
                 captions, problem = usable(row.get(caption))
                 part = row.get(split) if split else None

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_pipeline.errors import DataError
+from data_pipeline.importers.annotations import lines_of
 from data_pipeline.importers.image import image_field
 from data_pipeline.importers.split import Candidate, Imported, Provenance, Request, refuse_existing, write_split
 from data_pipeline.sample import Skipped
@@ -110,7 +111,7 @@ def read_stamp(candidate: Candidate) -> dict[str, bytes]:
 def read_captions(text: bytes) -> dict[str, str]:
     """language -> caption of a stamp's .txt; "en" is its first line. DataError when it is not UTF-8."""
     try:
-        lines = text.decode("utf-8-sig").splitlines()
+        lines = lines_of(text.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise DataError("its .txt is not UTF-8") from error
     captions = {"en": lines[0].strip()} if lines else {}

@@ -17,8 +17,7 @@ import re
 from pathlib import Path
 from typing import Any, Unpack
 
-from data_pipeline.errors import DataError
-from data_pipeline.importers.annotations import json_lines, need, need_id
+from data_pipeline.importers.annotations import BadRowError, json_lines, need, need_id
 from data_pipeline.importers.gather import Gathered, Options, find_annotations, run_import
 from data_pipeline.importers.image import read_image
 from data_pipeline.importers.questions import Asked, multiple_choice, open_question
@@ -45,23 +44,23 @@ def gather_vcr(source: Path, found: Gathered) -> None:
         if path.stem not in PARTS:
             raise ValueError(f"{path} is not called train.jsonl or val.jsonl, which are those with labels")
         asked = Asked(found)
-        for where, question in json_lines(path):
-            name = need(question, "img_fn", str, where)
-            shown = asked.image(name, folder, name, name, PARTS[path.stem])
-            if shown is not None:
-                objects = _texts(question, "objects", where)
-                shown.metadata.setdefault("objects", objects)
+        for where, question in json_lines(path, found.skip):
+            with found.skipping():
+                name, objects = need(question, "img_fn", str, where), _texts(question, "objects", where)
                 text = sentence(need(question, "question", list, where), objects, where)
                 number = need_id(question, "annot_id", where)
                 choices, answer = _choices(question, "answer", objects, where)
                 rationales, rationale = _choices(question, "rationale", objects, where)
-                shown.qa.append(open_question(text, choices[answer], id=number, kind="multiple choice"))
-                shown.choice.append(multiple_choice(text, choices, answer, rationales, rationale, id=number))
+                shown = asked.image(name, folder, name, name, PARTS[path.stem])
+                if shown is not None:
+                    shown.metadata.setdefault("objects", objects)
+                    shown.qa.append(open_question(text, choices[answer], id=number, kind="multiple choice"))
+                    shown.choice.append(multiple_choice(text, choices, answer, rationales, rationale, id=number))
         asked.finish()
 
 
 def sentence(words: list[Any], objects: list[str], where: str) -> str:
-    """The text of a list of words, in which things are lists of places in `objects`; DataError for anything else."""
+    """The text of a list of words, in which things are lists of places in `objects`; BadRowError for anything else."""
     texts = []
     for word in words:
         if isinstance(word, str):
@@ -70,7 +69,7 @@ def sentence(words: list[Any], objects: list[str], where: str) -> str:
             names = [f"{objects[at]}{at + 1}" for at in word]
             texts.append(" and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0])
         else:
-            raise DataError(f"{where}: {str(word)[:40]} is neither a word nor a list of places in 'objects'")
+            raise BadRowError(where, f"{str(word)[:40]} is neither a word nor a list of places in 'objects'")
     text = re.sub(r"\s+([.,?!;:%)])", r"\1", " ".join(texts))
     return re.sub(r"\s*(['’])\s*(s|t|re|ve|ll|d|m)\b", r"\1\2", text)
 
@@ -80,14 +79,14 @@ def _choices(question: dict[str, Any], kind: str, objects: list[str], where: str
     lists = need(question, f"{kind}_choices", list, where)
     label = need(question, f"{kind}_label", int, where)
     if not all(isinstance(words, list) for words in lists):
-        raise DataError(f"{where}: '{kind}_choices' holds something else than lists of words")
+        raise BadRowError(where, f"'{kind}_choices' holds something else than lists of words")
     if not 0 <= label < len(lists):
-        raise DataError(f"{where}: '{kind}_label' is {label}, of {len(lists)} choices")
+        raise BadRowError(where, f"'{kind}_label' is {label}, of {len(lists)} choices")
     return [sentence(words, objects, where) for words in lists], label
 
 
 def _texts(question: dict[str, Any], name: str, where: str) -> list[str]:
     texts = need(question, name, list, where)
     if not all(isinstance(text, str) for text in texts):
-        raise DataError(f"{where}: {name!r} holds something else than texts")
+        raise BadRowError(where, f"{name!r} holds something else than texts")
     return texts

@@ -18,8 +18,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Unpack
 
-from data_pipeline.errors import DataError
-from data_pipeline.importers.annotations import need, need_id, objects, read_json
+from data_pipeline.importers.annotations import BadRowError, need, need_id, objects, read_json
 from data_pipeline.importers.gather import Gathered, Options, find_annotations, run_import
 from data_pipeline.importers.image import read_image
 from data_pipeline.importers.questions import Asked, open_question
@@ -57,21 +56,23 @@ def _gather_set(path: Path, name: str, part: str, root: Path, folder: Path, foun
     """The images of one set, such as train2014."""
     answers_path = _annotations(path, name, root)
     answers = read_json(answers_path)
-    answered = {need_id(each, "question_id", where): (where, each) for where, each in objects(
-        answers, "annotations", answers_path
-    )}  # fmt: skip
+    answered: dict[str | int, tuple[str, dict[str, Any]]] = {}
+    for where, each in objects(answers, "annotations", answers_path, found.skip):
+        with found.skipping():
+            answered[need_id(each, "question_id", where)] = where, each
     licence = answers.get("license")
     asked = Asked(found)
-    for where, question in objects(read_json(path), "questions", path):
-        number, image = need_id(question, "question_id", where), need(question, "image_id", int, where)
-        text = need(question, "question", str, where)
-        if number not in answered:
-            found.skip(f"question {number}", f"has no answer in {answers_path.name}")
-            continue
-        file = f"COCO_{name}_{image:012d}.jpg"
-        shown = asked.image(file, folder, f"{name}/{file}", image, part)
-        if shown is not None:
-            shown.qa.append(_question(number, text, *answered[number]))
+    for where, question in objects(read_json(path), "questions", path, found.skip):
+        with found.skipping():
+            number, image = need_id(question, "question_id", where), need(question, "image_id", int, where)
+            text = need(question, "question", str, where)
+            if number not in answered:
+                raise BadRowError(f"question {number}", f"has no answer in {answers_path.name}")
+            asking = _question(number, text, *answered[number])
+            file = f"COCO_{name}_{image:012d}.jpg"
+            shown = asked.image(file, folder, f"{name}/{file}", image, part)
+            if shown is not None:
+                shown.qa.append(asking)
     asked.finish(licence.get("name") if isinstance(licence, dict) else None)
 
 
@@ -79,7 +80,7 @@ def _question(number: str | int, text: str, where: str, annotation: dict[str, An
     """A question with its ten answers and the most common of them."""
     answers = [need(answer, "answer", str, place) for place, answer in objects(annotation, "answers", Path(where))]
     if not answers:
-        raise DataError(f"{where} has no answer")
+        raise BadRowError(where, "has no answer")
     common = annotation.get("multiple_choice_answer")
     answer = common if isinstance(common, str) else Counter(answers).most_common(1)[0][0]
     kind = annotation.get("answer_type")

@@ -6,7 +6,7 @@ import pytest
 
 from data_pipeline.errors import DataError
 from data_pipeline.importers import annotations
-from data_pipeline.importers.annotations import clean, json_lines, json_members, need, read_json, rows
+from data_pipeline.importers.annotations import clean, json_lines, json_members, lines_of, need, read_json, rows
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1000])
@@ -41,11 +41,28 @@ def test_lines_have_numbers_and_may_be_blank(tmp_path):
     path.write_text('\ufeff{"a": 1}\n\n{"a": 2}')
     assert [(where.rpartition(" ")[2], tree) for where, tree in json_lines(path)] == [("1", {"a": 1}), ("3", {"a": 2})]
     path.write_text('{"a": 1}\n5\n')
-    with pytest.raises(DataError, match="line 2 holds a number where an object should be"):
+    with pytest.raises(DataError, match="line 2: holds a number where an object should be"):
         list(json_lines(path))
     path.write_bytes(b'{"a": 1}\n\xff\n')
     with pytest.raises(DataError, match="is not UTF-8"):
         list(json_lines(path))
+
+
+def test_a_bad_line_is_handed_on_with_its_number_and_the_next_is_read(tmp_path):
+    path = tmp_path / "x.jsonl"
+    bad = {2: '{"a": 1', 3: "[]", 4: "[" * 100_000, 5: '{"a": ' + "1" * 5000 + "}", 6: '{"a": 1, "a": 2}'}
+    path.write_text("\n".join(['{"a": "one\u2028\x85 line"}', *bad.values(), '{"a": 2}\r\n']), encoding="utf-8")
+    told = []
+    read = [tree["a"] for _, tree in json_lines(path, lambda *skip: told.append(skip))]
+    assert read == ["one\u2028\x85 line", 2]
+    assert [where.rpartition(" ")[2] for where, _ in told] == [str(number) for number in bad]
+    words = ("Expecting ',' delimiter", "holds a list", "nested too deep", "more digits", "'a' stands twice")
+    assert all(word in reason for word, (_, reason) in zip(words, told, strict=True))
+    assert all("sys.set_int_max_str_digits" not in reason for _, reason in told)
+
+
+def test_lines_end_where_lines_end():
+    assert lines_of("a\u2028b\x85c\vd\fe\x1cf\ng\r\nh\ri\n\n") == ["a\u2028b\x85c\vd\fe\x1cf", "g", "h", "i", "", ""]
 
 
 def test_tables(tmp_path):
@@ -77,10 +94,13 @@ def test_a_table_that_would_lose_text_is_refused(tmp_path):
     path.write_text("id,caption\n1,a cat,\n2,a cat, asleep\n")
     read = rows(path, ["caption"])
     assert next(read)[1] == {"id": "1", "caption": "a cat"}
-    with pytest.raises(DataError, match=r"x\.csv line 3 has 3 cells, where the header has 2"):
+    with pytest.raises(DataError, match=r"x\.csv line 3: has 3 cells, where the header has 2"):
         next(read)
+    told = []
+    assert [row["id"] for _, row in rows(path, ["id"], lambda *skip: told.append(skip))] == ["1"]
+    assert [(where.rpartition(" ")[2], reason[:11]) for where, reason in told] == [("3", "has 3 cells")]
     path.write_text("id\tcaption\n1\ta\tb\n")
-    with pytest.raises(DataError, match=r"line 2 has 3 cells"):
+    with pytest.raises(DataError, match=r"line 2: has 3 cells"):
         list(rows(path, ["caption"], delimiter="\t", quoted=False))
 
 

@@ -51,6 +51,18 @@ def test_names_reach_nothing_outside(captions, put, tmp_path, sound_bytes):
         import_audiocaps(captions, tmp_path / "out")
 
 
+def test_a_cut_row_and_a_caption_that_is_none_cost_themselves(captions, put, tmp_path, examine, sound_bytes):
+    put("train.csv", HEADER + "1,A,130,a cat\n2,B,130,a dog, asleep\n3,C,130,NaN\n")
+    put("test.csv", HEADER)
+    for number, name in enumerate("ABC"):
+        put(f"audio/train/{name}.wav", sound_bytes(number, "WAV"))
+    imported = import_audiocaps(captions, tmp_path / "out", processes=0)
+    assert set(examine(tmp_path / "out", NO_IMAGE)["train"]) == {"1"}
+    reasons = {skip.source.rpartition("/")[2]: skip.reason for skip in imported.skipped}
+    assert reasons["train.csv line 3"].startswith("has 5 cells, where the header has 4")
+    assert reasons["C.wav"] == "its caption is 'NaN', which stands for none"
+
+
 def test_other_tables(captions, put, tmp_path):
     put("train.csv", "id,caption\n1,x\n")
     with pytest.raises(DataError, match="lacks 'audiocap_id', 'youtube_id', 'start_time'"):

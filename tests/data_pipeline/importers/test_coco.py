@@ -180,15 +180,6 @@ def test_of_two_years_the_one_with_images(coco, put, tmp_path, examine):
         (b'{"a": "\xff"}', "is not UTF-8"),
         (b"[]", "holds a list where an object should be"),
         (b"{}", "'annotations' is not there, where a list should be"),
-        (b'{"annotations": [], "images": [5]}', r"images\[0\] is a number where an object should be"),
-        (b'{"annotations": [{"image_id": 1}], "images": []}', r"annotations\[0\]: 'caption' is not there"),
-        (b'{"annotations": [{"image_id": [1], "caption": "x"}], "images": []}', "'image_id' is a list"),
-        (b'{"annotations": [], "images": [{"id": 1, "file_name": null}]}', "'file_name' is null, where a text"),
-        (b'{"annotations": [], "images": [{"id": true, "file_name": "x"}]}', "'id' is true or false"),
-        (
-            b'{"annotations": [], "images": [{"id": 9, "file_name": "000000000009.jpg", "license": []}]}',
-            "'license' is a list",
-        ),
     ],
 )
 def test_damaged_files_are_one_sentence(coco, put, tmp_path, data, words):
@@ -197,6 +188,67 @@ def test_damaged_files_are_one_sentence(coco, put, tmp_path, data, words):
         import_coco(coco, tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_row_costs_itself_and_is_told(coco, put, tmp_path, examine, image_bytes):
+    images = [5, {"id": 1, "file_name": None}, {"id": True, "file_name": "x"}, {"id": 9.5, "file_name": "x"}]
+    images += [{"id": 40, "file_name": "unlicensed.jpg", "license": None}, {"id": 41, "file_name": "x", "license": []}]
+    said = ["x", {"image_id": 9}, {"image_id": [9], "caption": "x"}, {"image_id": 9, "caption": None}]
+    said += [{"image_id": 25, "caption": ["a", "b"]}, {"image_id": 40, "caption": "unlicensed"}]
+    tree = annotations([9, 25, 30], images, said)
+    tree["licenses"] = [*LICENCES, {"id": 7, "name": None}, "x"]
+    put("annotations/captions_train2017.json", tree)
+    put("train2017/unlicensed.jpg", image_bytes(40, "JPEG"))
+    imported = import_coco(coco, tmp_path / "out", licence="any", processes=0)
+    samples = examine(tmp_path / "out")["train"]
+    assert {name: len(sample.captions()) for name, sample in samples.items()} == {"9": 5, "25": 5, "30": 5, "40": 1}
+    assert samples["40"].metadata()["provenance"]["licence"] == "any"
+    reasons = {skip.source.partition(", ")[2]: skip.reason for skip in imported.skipped}
+    assert len(reasons) == len(imported.skipped) == 12
+    assert reasons["images[3]"] == "is a number where an object should be"
+    assert reasons["images[4]"] == "'file_name' is null, where a text should be"
+    assert reasons["images[5]"].startswith("'id' is true or false")
+    assert reasons["images[8]"].startswith("'license' is a list")
+    assert reasons["annotations[15]"].startswith("is a text")
+    assert reasons["annotations[16]"].startswith("'caption' is not there")
+    assert reasons["annotations[17]"].startswith("'image_id' is a list")
+    assert reasons["annotations[18]"].startswith("'caption' is null")
+    assert reasons["annotations[19]"].startswith("'caption' is a list")
+    assert reasons["licenses[2]"].startswith("'name' is null")
+
+
+def test_an_id_that_is_there_twice(coco, put, tmp_path, examine, image_bytes):
+    put("train2017/other.jpg", image_bytes(5, "JPEG"))
+    again = {"id": 9, "file_name": f"{9:012d}.jpg"}
+    put("annotations/captions_train2017.json", annotations([9, 25], [again, {"id": 25, "file_name": "other.jpg"}]))
+    (coco / f"train2017/{30:012d}.jpg").unlink()
+    imported = import_coco(coco, tmp_path / "out", processes=0)
+    assert set(examine(tmp_path / "out")["train"]) == {"9"}
+    assert {skip.source.partition("/")[2]: skip.reason for skip in imported.skipped} == {
+        f"{9:012d}.jpg": "is listed again, with the same id, 9",
+        f"{25:012d}.jpg": "has the id of other.jpg, 25: it is not clear whose captions are meant",
+        "other.jpg": f"has the id of {25:012d}.jpg, 25: it is not clear whose captions are meant",
+    }
+
+
+def test_what_stands_for_no_caption_is_none(coco, put, tmp_path, examine):
+    tree = annotations([9, 25, 30])
+    for annotation, text in zip(tree["annotations"], ["nan", "['a', 'b']", "None"], strict=False):
+        annotation["caption"] = text  # the first captions of 30, 25 and 9
+    for annotation in tree["annotations"][3:]:
+        annotation["caption"] = " nan" if annotation["image_id"] == 30 else annotation["caption"]
+    put("annotations/captions_train2017.json", tree)
+    imported = import_coco(coco, tmp_path / "out", processes=0)
+    samples = examine(tmp_path / "out")["train"]
+    assert {name: sample.captions() for name, sample in samples.items()} == {
+        name: tuple(f"Caption {place} of {name}." for place in range(1, 5)) for name in ("9", "25")
+    }
+    assert {skip.source.partition("/")[2]: skip.reason for skip in imported.skipped} == {
+        f"{9:012d}.jpg": "its caption is 'None', which stands for none",
+        f"{25:012d}.jpg": "its caption is a list written as text",
+        f"{30:012d}.jpg": "its caption is 'nan', which stands for none",
+    }
+    assert [skip.source[:7] for skip in imported.skipped].count("one of ") == 2
 
 
 def test_what_is_no_such_data_set(tmp_path):

@@ -88,11 +88,38 @@ def test_the_split_of_karpathy(put, images, tmp_path, examine):
     assert set(reasons_of(imported)) == {NAMES[4], NAMES[5]}
 
 
+def test_a_bad_row_costs_itself_and_is_told(put, images, tmp_path, examine):
+    images("images")
+    tree = karpathy(["train"] * 4 + ["nowhere"])
+    tree["images"][0]["sentences"][1] = {"raw": None}
+    tree["images"][1]["imgid"] = None
+    tree["images"][2]["sentences"] = "none"
+    put("dataset_flickr30k.json", tree)
+    imported = import_flickr30k(tmp_path / "source", tmp_path / "out", processes=0)
+    samples = examine(tmp_path / "out")["train"]
+    assert {name: len(sample.captions()) for name, sample in samples.items()} == {"0": 4, "3": 5}
+    reasons = {name.partition(", ")[2]: reason for name, reason in reasons_of(imported).items()}
+    assert reasons["images[0], sentences[1]"].startswith("'raw' is null")
+    assert reasons["images[1]"].startswith("'imgid' is null")
+    assert reasons["images[2]"].startswith("'sentences' is a text")
+    assert reasons["images[4]"].startswith("'split' is 'nowhere'")
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\x85", "\v"])
+def test_a_line_separator_within_a_caption_ends_no_line(put, images, tmp_path, examine, mark):
+    images("flickr30k-images")
+    put("results_20130124.token", "".join(f"{name}#0\tGuy {n}{mark}sits .\r\n" for n, name in enumerate(NAMES[:4])))
+    imported = import_flickr30k(tmp_path / "source", tmp_path / "out", test_share=0, processes=0)
+    samples = examine(tmp_path / "out")["train"]
+    assert [samples[name].captions() for name in NAMES[:4]] == [(f"Guy {n}{mark}sits .",) for n in range(4)]
+    assert list(reasons_of(imported)) == [f"flickr30k-images/{NAMES[4]}"]
+
+
 def test_damaged_files_are_one_sentence(put, tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no"):
         import_flickr30k(tmp_path / "source", tmp_path / "out")
-    file = put("dataset_flickr30k.json", karpathy(["train", "nowhere"]))
-    with pytest.raises(DataError, match=r"images\[1\]: 'split' is 'nowhere'"):
+    file = put("dataset_flickr30k.json", karpathy(["nowhere"]))
+    with pytest.raises(DataError, match=r"images\[0\]: 'split' is 'nowhere'"):
         import_flickr30k(tmp_path / "source", tmp_path / "out")
     file.write_text('{"images": [{"filename": "x", "split": "train", "imgid": 0}]}')
     with pytest.raises(DataError, match=r"images\[0\]: 'sentences' is not there"):

@@ -247,6 +247,51 @@ def test_captions_are_read_where_people_keep_them(put, run, also, folder, files)
     assert not skipped
 
 
+MARKS = "\u2028\x85\v"
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"a.txt": f"one{MARKS}line\r\ntwo\rthree"},
+        {
+            "captions.jsonl": "".join(
+                json.dumps({"image": "a.png", "text": text}, ensure_ascii=False) + "\n"
+                for text in (f"one{MARKS}line", "two", "three")
+            )
+        },
+    ],
+)
+def test_a_line_separator_within_a_caption_ends_no_line(put, run, also, files):
+    put("a.png")
+    also(files)
+    samples, skipped = run()
+    assert samples["a.png"].captions() == (f"one{MARKS}line", "two", "three")
+    assert not skipped
+
+
+def test_a_bad_line_of_json_costs_itself_and_is_told(put, run, also):
+    for number in range(3):
+        put(f"{number}.png")
+    rows = [json.dumps({"image": f"{number}.png", "text": f"caption {number}"}) for number in range(3)]
+    also({"metadata.jsonl": "\n".join(["", rows[0], rows[1][:-1], '{"image": ' + "1" * 5000 + "}", "5", rows[2]])})
+    samples, skipped = run()
+    assert [sample.captions()[0] for sample in samples.values()] == ["caption 0", "caption 2"]
+    assert skipped.pop("1.png") == "has no caption (others here have)"
+    assert list(skipped) == [f"metadata.jsonl: line {number}" for number in (3, 4, 5)]
+    assert "Expecting ',' delimiter" in skipped["metadata.jsonl: line 3"]
+    assert "more digits than can be read" in skipped["metadata.jsonl: line 4"]
+
+
+def test_a_quote_that_swallows_rows_of_names_without_extension_is_refused(put, run, also):
+    cells = {1: '"never closed', 3: 'a pipe of 5"'}
+    for number in range(5):
+        put(f"{number}.png")
+    also({"captions.tsv": "image\tcaption\n" + "".join(f"{n}\t{cells.get(n, f'text {n}')}\n" for n in range(5))})
+    with pytest.raises(DataError, match=r"line 3: a quote that opens there closes in line 5, with rows between"):
+        run()
+
+
 @pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
 def test_a_name_composed_otherwise_is_the_same_name(put, run, also, forms):
     image, text = (unicodedata.normalize(form, "caf\u00e9") for form in forms)
@@ -269,7 +314,8 @@ def test_a_name_composed_otherwise_is_the_same_name(put, run, also, forms):
             r"captions\.json.*'0\.png' stands twice",
         ),
         ({"captions.csv": "image,caption,caption\n0.png,a,b\n"}, r"captions\.csv has 2 columns called 'caption'"),
-        ({"captions.jsonl": "{"}, r"captions\.jsonl is not JSON"),
+        ({"captions.jsonl": "\n{"}, r"captions\.jsonl line 2 is not JSON"),
+        ({"captions.json": "[" + "1" * 5000 + "]"}, r"captions\.json is not JSON.*more digits than can be read"),
     ],
 )
 def test_files_that_contradict_each_other_are_named(put, run, also, files, words):
@@ -288,6 +334,7 @@ def test_files_that_contradict_each_other_are_named(put, run, also, files, words
     [
         ({"metadata.csv": "file_name,label\n0.png,3"}, r"metadata\.csv.*'label'.*import table"),
         ({"captions.csv": "bild,caption\n0.png,3"}, r"captions\.csv.*'bild'.*import table"),
+        ({"captions.json": '[{"image": "0.png", "legend": "x"}]'}, r"'legend'.*: call them 'image' and 'caption'"),
         ({"captions.csv": "image,caption\nelsewhere.png,3"}, r"captions\.csv: names no image"),
         ({"captions.csv": "image,caption\n0.png,x"}, r"'0\.png' may be cat/0\.png or dog/0\.png"),
         ({"captions.json": '{"images": [], "annotations": []}'}, "import coco"),

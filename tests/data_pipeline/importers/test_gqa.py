@@ -64,7 +64,7 @@ def test_three_published_sets(gqa, tmp_path, examine):
     [
         ('{"1": {"imageId": "n1"', "damaged or cut short"),
         ("[]", "does not begin with {"),
-        ('{"1": []}', "question 1 is no object"),
+        ('{"1": []}', "question 1: is no object"),
         ('{"1": {"imageId": 5}}', "question 1: 'imageId' is a number, where a text should be"),
         ('{"1": {"imageId": "n1", "question": "x"}}', "'answer' is not there"),
         ('{"1": {"imageId": "../../../secret"}}', "outside the data set's folder"),
@@ -76,3 +76,18 @@ def test_bad_files_are_one_sentence(gqa, put, tmp_path, data, words):
     put("train_balanced_questions.json", data)
     with pytest.raises(DataError, match=words):
         import_gqa(gqa, tmp_path / "out")
+
+
+def test_a_bad_question_costs_itself_and_is_told(gqa, put, tmp_path, examine):
+    bad = {"7": 5, "8": {"imageId": "n2", "question": "Why?", "answer": None}}
+    put("testdev_balanced_questions.json", {**bad, "201307251": question("n2")})
+    put("val_balanced_questions.json", {"1": {"imageId": "n1", "question": "x"}})
+    imported = import_gqa(gqa, tmp_path / "out", processes=0)
+    sets = examine(tmp_path / "out")
+    assert "val" not in sets
+    assert [each["id"] for each in sets["test"]["n2"].metadata()["qa"]] == ["201307251"]
+    reasons = {skip.source.rpartition("/")[2]: skip.reason for skip in imported.skipped}
+    assert reasons["testdev_balanced_questions.json, question 7"] == "is no object"
+    assert reasons["testdev_balanced_questions.json, question 8"].startswith("'answer' is null")
+    assert reasons["val_balanced_questions.json, question 1"].startswith("'answer' is not there")
+    assert "n1.jpg" not in reasons

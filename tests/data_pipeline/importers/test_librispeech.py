@@ -97,6 +97,14 @@ def test_what_cannot_be_used_is_told(chapter, put, tmp_path, examine, sound_byte
     assert "no folder of train" in reasons["elsewhere/85/1/85-1.trans.txt"]
 
 
+def test_what_is_said_may_be_a_word_for_nothing_and_hold_a_line_separator(chapter, tmp_path, examine):
+    chapter("train", 84, 1, 2, transcripts="84-1-0000 NONE\n84-1-0001 ONE\u2028TWO\n")
+    imported = import_librispeech(tmp_path / "source", tmp_path / "out", processes=0)
+    assert not imported.skipped
+    samples = examine_sound(examine, tmp_path / "out")["train"]
+    assert [samples[f"84-1-000{n}"].captions() for n in range(2)] == [("NONE",), ("ONE\u2028TWO",)]
+
+
 def test_mp3_becomes_flac(chapter, tmp_path, examine):
     if "MP3" not in soundfile.available_formats():
         pytest.skip("this libsndfile writes no MP3")

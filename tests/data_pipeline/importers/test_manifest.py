@@ -118,7 +118,7 @@ def test_a_manifest_alone_is_split_by_speaker(put, tmp_path, examine, sound_byte
     ("data", "words"),
     [
         ('{"text": "x"}', "'audio_filepath' is not there, where a text should be"),
-        (lines(line("a.wav"))[:-5], "line 1 is not JSON, damaged or cut short"),
+        (lines(line("a.wav"))[:-5], "line 1: is not JSON, damaged or cut short"),
         (lines(line("a.wav", 5)), "'text' is a number, where a text should be"),
         (lines(line("a.wav", offset=-1)), "'offset' is -1, which is no time in a sound"),
         (lines(line("a.wav", offset=10**400)), "which is no time in a sound"),
@@ -132,6 +132,28 @@ def test_damaged_manifests_are_one_sentence(put, tmp_path, sound_bytes, data, wo
     put("a.wav", sound_bytes(0, "WAV"))
     with pytest.raises(DataError, match=words):
         import_manifest(put("train.jsonl", data), tmp_path / "out")
+
+
+def test_a_bad_line_costs_itself_and_what_is_said_may_be_a_word_for_nothing(put, tmp_path, sound_bytes, examine):
+    said = {"a": "none", "b": "1 2 3 4 5", "c": "nan", "d": "one\u2028two"}
+    for number, name in enumerate(said):
+        put(f"{name}.wav", sound_bytes(number, "WAV"))
+    good = [json.dumps(line(f"{name}.wav", text), ensure_ascii=False) for name, text in said.items()]
+    put("train.jsonl", "\n".join([good[0], good[0][:-1], "7", lines(line("a.wav", offset=-1)), *good[1:]]))
+    put("clips/b.wav", sound_bytes(9, "WAV"))
+    put("test.tsv", "path\tsentence\nb.wav\tx\ty\nb.wav\tNil\n")
+    imported = import_manifest(tmp_path / "source", tmp_path / "out", processes=0)
+    sets = examine(tmp_path / "out", NO_IMAGE)
+    assert {name[0]: sample.captions()[0] for name, sample in sets["train"].items()} == {
+        name: text for name, text in said.items() if name != "c"
+    }
+    assert [sample.captions() for sample in sets["test"].values()] == [("Nil",)]
+    reasons = {name.rpartition("/")[2]: reason for name, reason in reasons_of(imported).items()}
+    assert reasons["train.jsonl line 2"].startswith("is not JSON, damaged or cut short")
+    assert reasons["train.jsonl line 3"].startswith("holds a number")
+    assert reasons["train.jsonl line 4"].startswith("'offset' is -1")
+    assert reasons["test.tsv line 2"].startswith("has 3 cells")
+    assert reasons["c.wav"] == "its caption is 'nan', which stands for none"
 
 
 def test_what_is_no_manifest(put, tmp_path):

@@ -158,6 +158,45 @@ def test_a_quote_that_swallows_rows_is_refused_and_can_be_a_letter(folder, run, 
     ]
 
 
+@pytest.mark.parametrize(
+    ("names", "header", "cells"),
+    [
+        ("0.png 1.png 2.jpeg 3.jpeg 4.jpeg", "image\tcaption", {1: '"never closed', 4: 'a pipe of 5"'}),
+        ("0 1 2 3 4", "image\tcaption", {1: '"never closed', 4: 'a pipe of 5"'}),
+        ("0.png 1.png 2.png 3.png 4.png", "caption\timage", {1: '"never closed', 4: 'a pipe of 5"'}),
+    ],
+)
+def test_a_quote_that_swallows_rows_of_other_names_is_refused(tmp_path, image_bytes, names, header, cells):
+    lines = [header]
+    for number, name in enumerate(names.split()):
+        (tmp_path / name).write_bytes(image_bytes(number))
+        row = (name, cells.get(number, f"caption {number}"))
+        lines.append("\t".join(row if header.startswith("image") else row[::-1]))
+    table = write(tmp_path, "\n".join(lines), "t.tsv")
+    with pytest.raises(DataError, match=r"line 3: a quote .* closes in line 6, with rows between"):
+        import_table(table, tmp_path / "out")
+
+
+def test_blanks_before_quotes_are_no_text_where_the_header_has_them(folder, run):
+    text = 'image, caption\nimages/0.png, "a dog, brown"\nimages/1.png, a cat\n'
+    samples, skipped = run(write(folder, text))
+    assert {name: sample.captions() for name, sample in samples.items()} == {
+        "images/0.png": ("a dog, brown",),
+        "images/1.png": ("a cat",),
+    }
+    assert not skipped
+
+
+def test_a_blank_before_a_quote_is_told(folder, run):
+    _, skipped = run(write(folder, 'image,caption\nimages/0.png, "a dog, brown"\nimages/1.png,a cat\n'))
+    assert skipped == {"row 1": "has 3 cells, where the table has 2 columns: take the blanks before its quotes away"}
+
+
+def test_of_two_columns_that_differ_in_case_the_usual_name_is_taken(folder, run):
+    samples, _ = run(write(folder, "IMAGE,Caption,image,caption\nx,no,images/0.png,yes\n"))
+    assert samples["images/0.png"].captions() == ("yes",)
+
+
 def test_a_caption_of_several_lines_is_no_row(folder, run):
     text = "a cat, asleep\nand a dog, awake\n1. two, 2. three"
     samples, skipped = run(write(folder, f'image,caption\nimages/0.png,"{text}"\n'))

@@ -116,16 +116,24 @@ def test_the_form_is_that_of_the_scene_world(vcr, tmp_path, examine):
         ({"rationale_label": None}, "'rationale_label' is null, where a number should be"),
     ],
 )
-def test_damaged_lines_are_one_sentence(vcr, put, tmp_path, changes, words):
+def test_a_damaged_line_is_one_sentence_and_costs_itself(vcr, put, tmp_path, changes, words):
+    (vcr / "val.jsonl").unlink()
     put("train.jsonl", lines(question(0, IMAGE, **changes)))
     with pytest.raises(DataError, match=words):
         import_vcr(vcr, tmp_path / "out")
+    put("train.jsonl", lines(question(0, IMAGE, **changes), question(1, IMAGE)))
+    imported = import_vcr(vcr, tmp_path / "out", processes=0)
+    assert imported.train.index.samples == 1
+    (skip,) = imported.skipped
+    assert skip.source.endswith("train.jsonl line 1")
 
 
 def test_a_file_cut_short_names_the_line(vcr, put, tmp_path):
     put("train.jsonl", lines(question(0, IMAGE), question(1, IMAGE))[:-40])
-    with pytest.raises(DataError, match=r"train\.jsonl line 2 is not JSON, damaged or cut short"):
-        import_vcr(vcr, tmp_path / "out")
+    imported = import_vcr(vcr, tmp_path / "out", processes=0)
+    (skip,) = imported.skipped
+    assert skip.source.endswith("train.jsonl line 2")
+    assert skip.reason.startswith("is not JSON, damaged or cut short")
 
 
 def test_images_stay_in_their_folder(vcr, put, tmp_path, image_bytes):

@@ -94,13 +94,30 @@ def test_what_cannot_be_used_is_told(vqa, put, tmp_path, examine):
 
 
 def test_damaged_files_are_one_sentence(vqa, put, tmp_path):
-    put("v2_mscoco_train2014_annotations.json", '{"annotations": [{"question_id": 9000, "answers": ["net"]}]}')
-    with pytest.raises(DataError, match=r"answers\[0\] is a text where an object should be"):
-        import_vqav2(vqa, tmp_path / "out")
-    put("v2_mscoco_train2014_annotations.json", '{"annotations": [{"question_id": 9000, "answers": []}]}')
-    with pytest.raises(DataError, match=r"annotations\[0\] has no answer"):
+    put("v2_mscoco_train2014_annotations.json", '{"annotations": 5}')
+    with pytest.raises(DataError, match="'annotations' is a number, where a list should be"):
         import_vqav2(vqa, tmp_path / "out")
     (vqa / "v2_mscoco_train2014_annotations.json").unlink()
     with pytest.raises(FileNotFoundError, match="with the answers to v2_OpenEnded"):
         import_vqav2(vqa, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_row_costs_itself_and_is_told(vqa, put, tmp_path, examine):
+    tree = answers("train2014", [9000, 9001, 9002, 25000])
+    tree["annotations"][0]["answers"] = ["net"]
+    tree["annotations"][1]["answers"] = []
+    tree["annotations"] += [None, {"question_id": None}]
+    put("v2_mscoco_train2014_annotations.json", tree)
+    asked = questions("train2014", [9000, 9001, 9002, 25000])
+    asked["questions"][3]["question"] = None
+    put("v2_OpenEndedQuestions_mscoco_train2014_questions.json", asked)
+    imported = import_vqav2(vqa, tmp_path / "out", processes=0)
+    (sample,) = examine(tmp_path / "out")["train"].values()
+    assert [each["id"] for each in sample.metadata()["qa"]] == [9002]
+    reasons = {skip.source.partition(", ")[2]: skip.reason for skip in imported.skipped}
+    assert reasons["annotations[0], answers[0]"] == "is a text where an object should be"
+    assert reasons["annotations[1]"] == "has no answer"
+    assert reasons["annotations[4]"].startswith("is null")
+    assert reasons["annotations[5]"].startswith("'question_id' is null")
+    assert reasons["questions[3]"].startswith("'question' is null")
