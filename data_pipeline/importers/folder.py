@@ -5,7 +5,8 @@ Design choices:
   without is skipped, and told: a made-up caption among real ones would teach nonsense.
 - Only where there are no caption files at all, and images lie in two or more folders with names of their own, captions
   are made from those names: `SOURCE/sea_lion/1.jpg` is "a photo of a sea lion", `SOURCE/big/cat/1.jpg` has the class
-  "big cat". This is said. "images", "train", dates and sizes are no names of classes.
+  "big cat". This is said. "images", "train", dates and sizes are no names of classes. Text files of other kinds that
+  are called as images are, and a captions.xlsx, are refused there: they may hold the real captions.
 - Folders train and test (or val) beside each other are a published split, and kept as such unless a share is given.
 - Without one, test has no caption of train; of each class, some images are held out and the others trained on.
 - An image is what its bytes are: a JPEG called .HEIC is read. Other kinds of images are told.
@@ -17,11 +18,13 @@ from __future__ import annotations
 
 import os
 import re
+from itertools import chain
 from pathlib import Path
 
 from data_pipeline.errors import DataError
+from data_pipeline.importers.annotations import lines_of
 from data_pipeline.importers.caption_files import TABLES, TEXTS, Captions, read_captions
-from data_pipeline.importers.captions import NO_CAPTION
+from data_pipeline.importers.captions import NO_CAPTION, usable
 from data_pipeline.importers.gather import part_named
 from data_pipeline.importers.image import read_image
 from data_pipeline.importers.leftovers import (
@@ -36,8 +39,13 @@ from data_pipeline.sample import Skipped
 from data_pipeline.shards import Progress
 
 CLASS_CAPTIONS = ("a photo of a {}", "a picture of a {}", "an image of a {}")
-LOOKED_FOR = f"images ({', '.join('.' + extension for extension in IMAGE_NAMES)}) with captions: a .txt, .caption or "
-LOOKED_FOR += ".json of the same name beside each, a table (metadata.jsonl, captions.csv, ...), or one folder a class"
+LOOKED_FOR_CAPTIONS = (
+    "a .txt, .caption or .json of the same name beside each, a table (metadata.jsonl, captions.csv, ...)"
+)
+LOOKED_FOR = f"images ({', '.join('.' + extension for extension in IMAGE_NAMES)}) with captions: "
+LOOKED_FOR += f"{LOOKED_FOR_CAPTIONS}, or one folder a class"
+CAPTION_TABLE = re.compile(r"(captions?|metadata|descriptions?)\.\w+", re.IGNORECASE)
+TEXT_READ = 1024  # bytes of a file, to tell whether it holds text
 NO_CLASS = re.compile(
     r"(train|val|test|eval|dev|valid|validation|training|testing|evaluation|images?|imgs?|pics?|pictures?|photos?|jpe?gs?|"
     r"jpegimages|pngs?|webp|data|datasets?|raw|files?|media|inputs?|outputs?|all|misc|export|downloads?|untitled|"
@@ -69,7 +77,7 @@ def import_folder(
     if not source.is_dir():
         raise FileNotFoundError(f"there is no folder {source}: give one with {LOOKED_FOR}")
     skipped: list[Skipped] = []
-    images, files = _look(source, skipped)
+    images, files, others = _look(source, skipped)
     if not images and not skipped:
         raise FileNotFoundError(f"no image in {source}: looked there for {LOOKED_FOR}")
     captions = read_captions(
@@ -77,7 +85,7 @@ def import_folder(
     )  # a .txt of a .heic is no orphan
     skipped += captions.left
     parts = _published(images) | captions.parts
-    candidates, notes = _candidates(source, images, captions, parts, skipped, licence)
+    candidates, notes = _candidates(source, images, others, captions, parts, skipped, licence)
     if not candidates:
         raise _nothing(source, captions, skipped)
     if parts and test_share is None:
@@ -102,6 +110,7 @@ def import_folder(
 def _candidates(
     source: Path,
     images: list[str],
+    others: list[str],
     captions: Captions,
     parts: dict[str, str],
     skipped: list[Skipped],
@@ -111,6 +120,9 @@ def _candidates(
     classes: dict[str, str] = {}
     if not captions.of and not captions.refused:
         classes = {image: named for image in images if (named := _class_of(image))}
+    beside = _beside(images, others) if classes else {}
+    if classes:
+        _refuse_other_captions(source, beside, others)
         _refuse_one_class(source, classes)
     candidates = []
     for image in images:
@@ -130,6 +142,8 @@ def _candidates(
         notes.append(
             f"there are no caption files: captions are made from folder names ({len(labels)} classes: {named})"
         )
+        if beside:
+            notes.append(f"what lies beside images as .{', .'.join(sorted(beside))} is not read")
     return candidates, notes
 
 
@@ -137,6 +151,41 @@ def _no_caption(captions: Captions) -> str:
     if captions.of or captions.refused:
         return f"{NO_CAPTION} (others here have)" if captions.of else NO_CAPTION
     return f"{NO_CAPTION}, and its folder's name is no class"
+
+
+def _beside(images: list[str], others: list[str]) -> dict[str, str]:
+    """The kinds of files that are called as images are (K.cap or K.jpg.cap of K.jpg): extension -> the first of it."""
+    names = {name for image in images for name in (image, os.path.splitext(image)[0])}
+    found: dict[str, str] = {}
+    for other in others:
+        if os.path.splitext(other)[0] in names:
+            found.setdefault(extension_of(other), other)
+    return found
+
+
+def _refuse_other_captions(source: Path, beside: dict[str, str], others: list[str]) -> None:
+    """DataError when there may be captions in a file of a kind that is not read: made-up ones would stand for them."""
+    tables = (other for other in others if CAPTION_TABLE.fullmatch(os.path.basename(other)))
+    texts = (other for other in beside.values() if _may_be_captions(source / other))
+    found = next(chain(tables, texts), None)
+    if found is not None:
+        raise DataError(
+            f"{source / found} may hold captions, and files of its kind are not read: give {LOOKED_FOR_CAPTIONS}, or "
+            "move what holds no captions out of the folder; then they are made from folder names"
+        )
+
+
+def _may_be_captions(path: Path) -> bool:
+    """Whether a file begins with text that is neither markup nor numbers."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(TEXT_READ)
+    except OSError:
+        return False
+    if any(byte < 32 and byte not in b"\t\n\v\f\r" for byte in start):
+        return False
+    text = start.decode("utf-8-sig", "replace").strip()
+    return not text.startswith(("<", "{")) and bool(usable(lines_of(text))[0])
 
 
 def _refuse_one_class(source: Path, classes: dict[str, str]) -> None:
@@ -163,9 +212,14 @@ def _nothing(source: Path, captions: Captions, skipped: list[Skipped]) -> DataEr
 # --- what is there
 
 
-def _look(source: Path, skipped: list[Skipped]) -> tuple[list[str], list[str]]:
-    """(images, caption files) by their paths below `source`, in order; images of kinds not read go to `skipped`."""
-    images, files = [], []
+def _look(source: Path, skipped: list[Skipped]) -> tuple[list[str], list[str], list[str]]:
+    """(images, caption files, other files) by their paths below `source`, in order.
+
+    Images of kinds that are not read go to `skipped`.
+    """
+    images: list[str] = []
+    files: list[str] = []
+    others: list[str] = []
     for folder, below in _folders(source, skipped):
         for name in sorted(name for name in os.listdir(folder) if not name.startswith(".")):
             path, called = folder / name, _join(below, name)
@@ -177,9 +231,9 @@ def _look(source: Path, skipped: list[Skipped]) -> tuple[list[str], list[str]]:
                     skipped.append(Skipped(called, reason))
                 else:
                     images.append(called)
-            elif extension_of(name) in (*TEXTS, *TABLES) and os.path.isfile(path):
-                files.append(called)
-    return images, files
+            elif os.path.isfile(path):
+                (files if extension_of(name) in (*TEXTS, *TABLES) else others).append(called)
+    return images, files, others
 
 
 def _unread(path: Path) -> str:

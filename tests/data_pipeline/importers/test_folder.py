@@ -341,6 +341,11 @@ def test_files_that_contradict_each_other_are_named(put, run, also, files, words
         ({"cat/0.txt": ""}, r"cat/0\.txt: its \.txt holds no caption"),
         ({"cat/0.txt": "0 0.5 0.5 0.25 0.25\n"}, "numbers"),
         ({"texts of mine/zero.txt": "a caption"}, r"texts of mine/zero\.txt: is a caption file without an image"),
+        ({"cat/0.cap": "a cat"}, r"cat/0\.cap may hold captions.*give a \.txt"),
+        ({"cat/0.png.text": "a cat"}, r"cat/0\.png\.text may hold captions"),
+        ({"dog/0.tags": "dog, grass"}, r"dog/0\.tags may hold captions"),
+        ({"captions.xlsx": "PK\3\4"}, r"captions\.xlsx may hold captions.*out of the folder"),
+        ({"cat/metadata.yaml": "a: b"}, r"metadata\.yaml may hold captions"),
     ],
 )
 def test_class_captions_are_not_made_up_beside_caption_files(put, run, also, files, words):
@@ -358,6 +363,16 @@ def test_files_about_a_class_set_do_not_stand_in_its_way(put, run, also):
     samples, skipped = run()
     assert {sample.label() for sample in samples.values()} == {"cat", "dog"}
     assert skipped.keys() == {"README.txt", "sizes.csv", "class_index.json"}
+
+
+def test_what_lies_beside_images_of_a_class_and_is_no_text_is_told(put, run, also, tmp_path, read_all):
+    for name in ("cat/0", "dog/0"):
+        put(f"{name}.png")
+        also({f"{name}.xml": "<box/>", f"{name}.npy": "\x93NUMPY\1\0", f"{name}.feat": "0.5 0.25 1 7 8\n"})
+    also({"train.py": "print()", "cat/empty.cap": "", "notes.md": "Two classes."})
+    imported = import_folder(tmp_path / "source", tmp_path / "out", test_share=0, processes=0)
+    assert {sample.label() for sample in read_all(tmp_path / "out/train")} == {"cat", "dog"}
+    assert imported.notes[-1] == "what lies beside images as .feat, .npy, .xml is not read"
 
 
 @pytest.mark.parametrize("name", ["train", "images", "img", "data", "val", "test", "Train 2017", "22x22", "2026-01-05"])
