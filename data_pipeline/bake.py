@@ -28,6 +28,7 @@ from PIL import Image
 from data_pipeline.decode import decode_image
 from data_pipeline.errors import DamagedSampleError, DataError
 from data_pipeline.joined import Joined
+from data_pipeline.keys import refuse_equal_keys, written_key
 from data_pipeline.reader import Dataset, open_dataset
 from data_pipeline.sample import Sample, Skipped
 from data_pipeline.shards import SAMPLES_PER_SHARD, Origin, Progress, Written, read_origin, write_shards
@@ -45,14 +46,16 @@ def bake(
     short_side: int = 256,
     quality: int = 90,
     samples_per_shard: int = SAMPLES_PER_SHARD,
+    shard_keys: bool = False,
     processes: int | None = None,
     progress: Progress | None = None,
 ) -> Written:
     """Write the samples of `source` into `out`, which must be new or empty, with images of at most this short side.
 
     Goes on where a killed process stopped, and leaves a folder as it is that holds the same already.
-    Raises ValueError for a short side or a quality that makes no sense, and where no image is larger; otherwise as
-    `open_dataset` and `write_shards` do.
+    `shard_keys`: write keys as <shard>/<key>, for shards that have equal ones.
+    Raises ValueError for a short side or a quality that makes no sense, where no image is larger, and for two samples
+    of one key that would come into one shard; otherwise as `open_dataset` and `write_shards` do.
     """
     if short_side < 1:
         raise ValueError(f"short side is {short_side}: give 1 or more pixels")
@@ -60,10 +63,13 @@ def bake(
         raise ValueError(f"quality is {quality}: give 1 to 100")
     dataset = open_dataset(source)
     _refuse_small(dataset, short_side)
+    refuse_equal_keys(dataset, np.arange(len(dataset)), samples_per_shard, shard_keys)
     request: dict[str, Any] = {"bake": VERSION, "short_side": short_side, "quality": quality}
+    if shard_keys:
+        request["shard_keys"] = True
     named = json.dumps({**request, "of": dataset.fingerprint}, sort_keys=True)
     origin = Origin({**request, "source": str(source)}, hashlib.sha256(named.encode()).hexdigest())
-    make = Bake(dataset, short_side, quality)
+    make = Bake(dataset, short_side, quality, shard_keys)
     return write_shards(
         len(dataset),
         make,
@@ -82,13 +88,19 @@ class Bake:
     dataset: Dataset
     short_side: int
     quality: int
+    shard_keys: bool = False
 
     def __call__(self, number: int) -> Sample | Skipped:
         """The sample, or why it cannot be used."""
         try:
-            sample = self.dataset.read(number)
+            sample = self._baked(self.dataset.read(number))
         except DamagedSampleError as error:
             return Skipped(error.key, str(error))
+        if isinstance(sample, Skipped):
+            return sample
+        return Sample(written_key(self.dataset, number, sample.key, self.shard_keys), sample.fields)
+
+    def _baked(self, sample: Sample) -> Sample | Skipped:
         field = sample.image_field
         if field is None:
             return sample

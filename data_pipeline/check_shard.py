@@ -27,9 +27,9 @@ class Finding:
     """What one shard gave; hashes and bytes are of each key's first sample in it."""
 
     problems: list[Problem] = field(default_factory=list)
-    key_hashes: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))  # uint64 [samples]
-    key_bytes: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # int64 [samples]
-    samples: int = 0  # keys that are there twice counted once, in a tar
+    key_hashes: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))  # uint64 [keys]
+    key_bytes: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # int64 [keys]
+    samples: int = 0  # as a run counts them: neighbouring files of one key are one
     usable: int = 0  # samples that a run can learn from
     fields: Counter[str] = field(default_factory=Counter)  # field name -> samples that have it
 
@@ -89,7 +89,12 @@ def _check_samples(shard: str, buffer: mmap.mmap, decode: bool, finding: Finding
     for group in _groups(_walk(shard, buffer, found, skipped), loose, hidden):
         start = group.fields[0][1].offset
         if group.key in places:
-            reason = f"the key is that of the sample at byte {places[group.key]} too: are its files torn apart?"
+            why = (
+                "are its files torn apart?"
+                if len(group.fields) == 1
+                else "a run reads both; unpacking the tar and packing it anew keeps the later one"
+            )
+            reason = f"the key is that of the sample at byte {places[group.key]} too: {why}"
             found.append(Problem("error", shard, start, group.key, reason))
         places.setdefault(group.key, start)
         sample = Sample(group.key, {})
@@ -118,7 +123,7 @@ def _check_samples(shard: str, buffer: mmap.mmap, decode: bool, finding: Finding
     hashes = [hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest() for key in places]
     finding.key_hashes = np.frombuffer(b"".join(hashes), np.uint64)
     finding.key_bytes = np.fromiter(places.values(), np.int64, len(places))
-    finding.samples = len(places)
+    finding.samples = lacks.samples
 
 
 def _walk(shard: str, buffer: mmap.mmap, found: list[Problem], skipped: Counter[str]) -> Iterator[Member | None]:

@@ -52,11 +52,14 @@ class ShardEntry:
     checksum: str
     modalities: tuple[str, ...]
     left_out: LeftOut = field(default_factory=LeftOut)
+    repeated: tuple[int, str] = (0, "")  # ShardTable.repeated_keys
 
     def as_tree(self) -> dict[str, Any]:
         """As it is in index.json; counts of 0 are left out."""
-        tree = {**self.identity(), "left_out": {name: count for name, count in asdict(self.left_out).items() if count}}
-        return tree if tree["left_out"] else self.identity()
+        tree, (keys, first) = self.identity(), self.repeated
+        if left_out := {name: count for name, count in asdict(self.left_out).items() if count}:
+            tree["left_out"] = left_out
+        return tree | {"repeated": {"keys": keys, "first": first}} if keys else tree
 
     def identity(self) -> dict[str, Any]:
         """What of it the fingerprint is made of."""
@@ -81,7 +84,9 @@ class ShardEntry:
         unknown = next((name for name in counts if name not in LeftOut.__dataclass_fields__), None)
         if unknown is not None:
             raise ValueError(f"{unknown!r} is nothing that is left out of {file!r}")
-        return cls(file, samples, size, checksum, modalities, LeftOut(**counts))
+        repeated = tree.get("repeated", {"keys": 0, "first": ""})
+        keys = _count(repeated["keys"], MOST), _text(repeated["first"])
+        return cls(file, samples, size, checksum, modalities, LeftOut(**counts), keys)
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,19 @@ class Index:
         gap = gap_in(shard.file for shard in self.shards)
         empty = empty_remark([shard.file for shard in self.shards if not shard.samples])
         ignored = remark_of(self.ignored) if self.ignored else ""
-        return [*filter(None, (gap, empty, ignored)), *sentences(self.left_out, self.samples)]
+        told = (gap, empty, ignored, *sentences(self.left_out, self.samples), self._repeated_remark())
+        return [*filter(None, told)]
+
+    def _repeated_remark(self) -> str:
+        """What is to be said of keys that a shard has more than once; or ""."""
+        having = [shard for shard in self.shards if shard.repeated[0]]
+        keys = sum(shard.repeated[0] for shard in having)
+        if not keys:
+            return ""
+        first = f"{having[0].repeated[1]!r} in {having[0].file}"
+        if keys == 1:
+            return f"1 key is there twice, {first}: all samples of it are read"
+        return f"{keys:,} keys are there twice, such as {first}: all samples of them are read"
 
     def save(self, folder: Path) -> None:
         """Write index.json into `folder`; the file appears whole or not at all."""
@@ -233,7 +250,8 @@ def index_shard(path: Path) -> ShardEntry:
     with written_whole(table_path(path)) as unfinished:
         write_table(unfinished, scan.table, checksum)
     names = modalities_of(scan.table.field_names)
-    return ShardEntry(path.name, len(scan.table), path.stat().st_size, checksum, names, scan.left_out)
+    size, repeated = path.stat().st_size, scan.table.repeated_keys()
+    return ShardEntry(path.name, len(scan.table), size, checksum, names, scan.left_out, repeated)
 
 
 def load_table(path: Path, entry: ShardEntry) -> ShardTable:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
+from array import array
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,20 @@ class ShardTable:
         """The key of the shard's sample number `sample`."""
         start = int(self.key_end[sample - 1]) if sample else 0
         return self.keys[start : int(self.key_end[sample])].tobytes().decode("utf-8", "surrogatepass")
+
+    def key_hashes(self) -> np.ndarray:
+        """int64 [samples]: a hash of each key, which another process does not come to."""
+        keys, start, hashes = self.keys.tobytes(), 0, array("q")
+        for end in self.key_end.tolist():
+            hashes.append(hash(keys[start:end]))
+            start = end
+        return np.array(hashes, np.int64)
+
+    def repeated_keys(self) -> tuple[int, str]:
+        """(how many keys are those of more than one sample, the first such key), or (0, "")."""
+        _, first, count = np.unique(self.key_hashes(), return_index=True, return_counts=True)
+        repeated = first[count > 1]
+        return repeated.size, self.key(int(repeated.min())) if repeated.size else ""
 
     def crcs(self, sample: int) -> list[int]:
         """The checksum of each field of the shard's sample number `sample`, in file order."""

@@ -25,6 +25,7 @@ from pretrain.data_output import (
     Out,
     Processes,
     Seed,
+    ShardKeys,
     Sound,
     plural,
     print_json,
@@ -79,6 +80,7 @@ def bake(
     out: Annotated[Path, typer.Argument(help="New folder; gets train/ and test/ where IN has them.")],
     short_side: Annotated[int, typer.Option(min=1, help="Short side of the resized images, pixels.")] = 256,
     quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality of the resized images.")] = 90,
+    shard_keys: ShardKeys = False,
     processes: Processes = None,
     as_json: Json = False,
 ) -> None:
@@ -95,7 +97,13 @@ def bake(
         name = Path(place).name if len(places) > 1 or str(place) != path.rstrip("/") else "."
         with progress_bar(f"baking {place}") as progress:
             written[name] = bake_dataset(
-                place, out / name, short_side=short_side, quality=quality, processes=processes, progress=progress
+                place,
+                out / name,
+                short_side=short_side,
+                quality=quality,
+                shard_keys=shard_keys,
+                processes=processes,
+                progress=progress,
             )
     if as_json:
         print_json({"datasets": [written_tree(out / name, part) for name, part in written.items()]})

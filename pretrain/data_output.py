@@ -25,6 +25,9 @@ SHOWN = 12  # problems, skipped sources or bars on a screen; --json has all
 Out = Annotated[Path, typer.Argument(help="New folder; gets the sub-folders train and test.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
 Processes = Annotated[int | None, typer.Option(min=0, help="Processes at work; default: one a core.")]
+ShardKeys = Annotated[
+    bool, typer.Option("--shard-keys", help="Call samples <shard>/<key>, for shards that have equal keys.")
+]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn by chance.")]
 Sound = Annotated[bool, typer.Option("--sound/--no-sound", help="With the sound, or pictures and captions only.")]
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pretrain.data_output import SHOWN, Json, Processes, plural, print_json, progress_bar, show_more
+from pretrain.data_output import SHOWN, Json, Processes, ShardKeys, plural, print_json, progress_bar, show_more
 from pretrain.import_commands import Ray
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def filter_command(
     against: Annotated[
         Path | None, typer.Option(metavar="TEST", help="Test set: what duplicates find there leaves PATH.")
     ] = None,
+    shard_keys: ShardKeys = False,
     processes: Processes = None,
     ray: Ray = None,
     as_json: Json = False,
@@ -55,7 +56,14 @@ def filter_command(
         raise ValueError(f"{folder} holds {len(parts)} data sets: give {folder / parts[0]}{compare}")
     with progress_bar("filtering") as progress:
         report = run_filters(
-            folder, out, parse_steps(steps), against=against, processes=processes, on=ray, progress=progress
+            folder,
+            out,
+            parse_steps(steps),
+            against=against,
+            shard_keys=shard_keys,
+            processes=processes,
+            on=ray,
+            progress=progress,
         )
     if as_json:
         print_json({"path": str(out), **report.as_tree()})

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -33,6 +34,7 @@ from data_pipeline import (
     sequential_batches,
 )
 from data_pipeline.index import written_whole
+from data_pipeline.keys import refuse_equal_keys
 from pretrain import load_model
 from pretrain.config import Recipe
 from pretrain.errors import RequestError, WeftError
@@ -67,11 +69,13 @@ def score_samples(
 
     classes: a text file, or a data set; default: the labels in `path`, and no class columns where there are none.
     Raises RequestError for a file that is there, a checkpoint of a captioner, or when there is nothing to score by;
+    ValueError when two samples have one key, by which a filter step looks for a row;
     WeftError when the model's embeddings are not finite.
     """
     if out.exists():
         raise RequestError(f"{out} is there already: give a new file, or remove it")
     dataset = open_dataset(path)
+    refuse_equal_keys(dataset, np.arange(len(dataset)))
     names = _class_names(classes, dataset)
     if not names and not captions:
         raise RequestError(f"--no-captions leaves classes to score by, and no sample of {path} has a label: --classes")

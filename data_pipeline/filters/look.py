@@ -5,7 +5,6 @@ What is found is arrays of ids and signatures, so that a parent can hold it for 
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -32,7 +31,6 @@ _ADDRESS = re.compile(r"<[\w.]+ object at 0x[0-9a-f]+>")  # in Pillow's errors; 
 class Found:
     """What a pass has found in samples of one data set, by step (and reason): ids, int64 and ascending."""
 
-    key_hashes: np.ndarray  # uint64, one a sample
     drops: dict[tuple[int, str], np.ndarray] = field(default_factory=dict)
     changes: dict[tuple[int, str], np.ndarray] = field(default_factory=dict)
     signed: dict[int, np.ndarray] = field(default_factory=dict)
@@ -41,7 +39,7 @@ class Found:
     @classmethod
     def join(cls, parts: list[Found]) -> Found:
         """What was found in neighbouring ranges of one data set, in order, as one."""
-        joined = cls(np.concatenate([part.key_hashes for part in parts]))
+        joined = cls()
         for name in ("drops", "changes", "signed", "signatures"):
             gathered: dict[tuple[int, str] | int, list[np.ndarray]] = defaultdict(list)
             for part in parts:
@@ -63,14 +61,12 @@ class Look:
         """What is found in these samples."""
         ids: dict[str, dict] = {name: defaultdict(list) for name in ("drops", "changes", "signed")}
         signatures: dict[int, list[bytes]] = defaultdict(list)
-        hashes = []
         for number in samples:
             try:
                 with opened(self.dataset, number) as sample:
-                    key, found = sample.key, list(self._outcomes(sample))
+                    found = list(self._outcomes(sample))
             except DamagedSampleError as error:
-                key, found = error.key, list(self._damaged(error))
-            hashes.append(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest())
+                found = list(self._damaged(error))
             for step, outcome in found:
                 if isinstance(outcome, Drop):
                     ids["drops"][step, outcome.reason].append(number)
@@ -83,7 +79,7 @@ class Look:
         arrays = {name: {of: np.array(each, np.int64) for of, each in found.items()} for name, found in ids.items()}
         rows = {step: np.frombuffer(b"".join(each), np.uint8) for step, each in signatures.items()}
         by_step = {step: array.reshape(len(signatures[step]), -1) for step, array in rows.items()}
-        return Found(np.frombuffer(b"".join(hashes), np.uint64), signatures=by_step, **arrays)
+        return Found(signatures=by_step, **arrays)
 
     def _damaged(self, error: DamagedSampleError) -> Iterator[tuple[int, Outcome | bytes]]:
         """The first step drops what is damaged, and no other sees it."""

@@ -24,6 +24,7 @@ from data_pipeline.errors import DamagedSampleError, DataError
 from data_pipeline.filters.look import Found, Look, look_at_all, outcomes, what_is_read
 from data_pipeline.filters.report import DatasetName, Example, FilterReport, StepReport
 from data_pipeline.filters.step import Change, Drop, SampleStep, SetStep, Signatures, Step
+from data_pipeline.keys import refuse_equal_keys, written_key
 from data_pipeline.parallel import connected
 from data_pipeline.reader import Dataset, open_dataset
 from data_pipeline.sample import Sample
@@ -40,13 +41,15 @@ def run_filters(
     *,
     against: Path | None = None,
     samples_per_shard: int = SAMPLES_PER_SHARD,
+    shard_keys: bool = False,
     processes: int | None = None,
     on: str | None = None,
     progress: Progress | None = None,
 ) -> FilterReport:
     """Write what `steps` keep of the data set `source` into `out`, new or empty, and filters.json beside it.
 
-    against: a test set; what a step finds there too leaves `source`. `processes`: default all cores, 0 or 1 = this.
+    against: a test set; what a step finds there too leaves `source`. `shard_keys`: write keys as <shard>/<key>, for
+    shards that have equal ones. `processes`: default all cores, 0 or 1 = this.
     `on`: the address of a Ray to do it on (`parallel.run_jobs`), whose nodes must share the file system of all that is
     read and written here. `progress(done, total)` counts samples that were looked at and written.
     Raises ValueError when `out` holds something, there is no step, no step that compares with `against`, or two kept
@@ -55,7 +58,7 @@ def run_filters(
     """
     refuse_existing(out)
     with connected(on, processes):
-        return _run(source, out, steps, against, samples_per_shard, processes, on, progress)
+        return _run(source, out, steps, against, samples_per_shard, shard_keys, processes, on, progress)
 
 
 def _run(
@@ -64,6 +67,7 @@ def _run(
     steps: Sequence[Step],
     against: Path | None,
     samples_per_shard: int,
+    shard_keys: bool,
     processes: int | None,
     on: str | None,
     progress: Progress | None,
@@ -73,6 +77,8 @@ def _run(
     test = open_dataset(against) if against else None
     if test is not None and test.fingerprint == dataset.fingerprint:
         raise ValueError(f"{against} is the same data set as {source}: nothing of it would be left")
+    if not any(isinstance(step, SetStep) and step.compares for step in steps):  # which may leave one of the two
+        refuse_equal_keys(dataset, np.arange(len(dataset)), samples_per_shard, shard_keys)
     looked, of_test = len(dataset), len(test) if test else 0
 
     def look_progress(done: int, _: int) -> None:
@@ -91,7 +97,7 @@ def _run(
             f"nothing would be left of the {looked} samples of {source}: {most.step} removes {most.removed} of them, "
             f"most because of: {next(iter(most.reasons))}"
         )
-    _refuse_equal_keys(found.key_hashes[kept], samples_per_shard, source, lambda row: dataset.key(int(kept[row])))
+    refuse_equal_keys(dataset, kept, samples_per_shard, shard_keys)
 
     def write_progress(done: int, total: int) -> None:
         if progress:
@@ -110,7 +116,7 @@ def _run(
     )
     write_shards(
         np.stack([kept, mask], axis=1),
-        _MakeKept(dataset, tuple(steps)),
+        _MakeKept(dataset, tuple(steps), shard_keys),
         out,
         samples_per_shard=samples_per_shard,
         processes=processes,
@@ -273,19 +279,6 @@ def _counts(counts: dict[str, int]) -> dict[str, int]:
     )
 
 
-def _refuse_equal_keys(hashes: np.ndarray, samples_per_shard: int, source: Path, key: Callable[[int], str]) -> None:
-    """ValueError when two kept samples of one key would come into one shard: told before they are written."""
-    shard = np.arange(len(hashes)) // samples_per_shard
-    order = np.lexsort((hashes, shard))
-    same = (hashes[order][1:] == hashes[order][:-1]) & (shard[order][1:] == shard[order][:-1])
-    if same.any():
-        first = int(order[1:][same].min())
-        raise ValueError(
-            f"{np.count_nonzero(same)} keys of {source} are those of samples in other shards too, such as "
-            f"{key(first)!r}, and would come into one shard: see `weft data check`, and give every sample its own key"
-        )
-
-
 def _name(path: Path, dataset: Dataset) -> DatasetName:
     return DatasetName(str(path), dataset.fingerprint, len(dataset))
 
@@ -296,6 +289,7 @@ class _MakeKept:
 
     dataset: Dataset
     steps: tuple[Step, ...]
+    shard_keys: bool
 
     def __call__(self, kept: np.ndarray) -> Sample:
         """kept: int64 [2], the id of the sample and a bit for each step that changed it."""
@@ -306,4 +300,4 @@ class _MakeKept:
                 outcome = step.look(sample) if isinstance(step, SampleStep) else None
                 assert isinstance(outcome, Change), "a step judges a sample the same whenever it looks"
                 sample = outcome.sample
-        return sample
+        return Sample(written_key(self.dataset, number, sample.key, self.shard_keys), sample.fields)

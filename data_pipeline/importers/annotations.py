@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from data_pipeline.errors import DataError
 from data_pipeline.importers.leftovers import IMAGE_NAMES, OTHER_IMAGES, SOUND_NAMES, extension_of
 from data_pipeline.sample import trimmed
+from data_pipeline.strict_json import unique_names
 
 Value = TypeVar("Value")
 Skip = Callable[[str, str], None]  # told of a row that is left out: (where it stands, why)

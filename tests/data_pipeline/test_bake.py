@@ -163,3 +163,23 @@ def test_what_makes_no_sense_is_refused(source: Path, tmp_path: Path, options: d
     with pytest.raises(ValueError, match=sentence):
         bake(source, tmp_path / "out", **options)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_equal_keys_are_told_before_any_work_and_can_be_made_to_differ(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for shard in "ab":
+        (tmp_path / "in" / f"{shard}.tar").write_bytes(tar_of({f"{n}.jpg": IMAGES["wide"][1] for n in range(2)}))
+    told = r"2 keys of .* are there in several shards, such as '0' in a\.tar and b\.tar.* --shard-keys"
+    with pytest.raises(ValueError, match=told):
+        bake(tmp_path / "in", tmp_path / "out", short_side=SIDE, processes=1, progress=lambda *_: pytest.fail("worked"))
+    bake(tmp_path / "in", tmp_path / "apart", short_side=SIDE, samples_per_shard=2, processes=1)
+    for already in (False, True):
+        written = bake(tmp_path / "in", tmp_path / "out", short_side=SIDE, shard_keys=True, processes=1)
+        assert written.already is already
+    dataset = open_dataset(tmp_path / "out")
+    assert [dataset.key(number) for number in range(len(dataset))] == ["a/0", "a/1", "b/0", "b/1"]
+    assert dataset.read(3).metadata()["baked"]["name"] == "1.jpg"
+    (tmp_path / "in" / "a.tar").write_bytes(tar_of([("x.jpg", IMAGES["wide"][1]), ("y.txt", b"y"), ("x.txt", b"x")]))
+    (tmp_path / "in" / "index.json").unlink()
+    with pytest.raises(ValueError, match=r"1 key of .* is there twice, 'x' in a\.tar"):
+        bake(tmp_path / "in", tmp_path / "no", short_side=SIDE, shard_keys=True, processes=1)

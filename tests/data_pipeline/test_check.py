@@ -342,7 +342,17 @@ def test_a_torn_sample_is_an_error(tmp_path: Path) -> None:
     report = check(folder)
     (error,) = report.errors
     assert (error.key, error.byte) == ("torn", place_of(folder, "torn.txt"))
-    assert f"byte {place_of(folder, 'torn.png')} too" in error.reason
+    assert f"byte {place_of(folder, 'torn.png')} too: are its files torn apart?" in error.reason
+    assert report.samples == 3  # as a run reads them
+
+
+def test_a_sample_that_was_appended_anew_is_an_error(tmp_path: Path) -> None:
+    """As `tar --append` of an updated sample leaves it: a run reads both, and so both are counted."""
+    files = [*good(0).items(), *good(1).items(), *good(0).items()]
+    report = check(dataset(tmp_path, files))
+    (error,) = report.errors
+    assert "too: a run reads both; unpacking the tar and packing it anew keeps the later one" in error.reason
+    assert report.samples == 3
 
 
 def test_a_field_that_is_there_twice_is_an_error(tmp_path: Path) -> None:

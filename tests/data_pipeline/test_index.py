@@ -381,6 +381,7 @@ EDITED = {
     "nested": change_shard(modalities=[["image"]]), "null": change_shard(modalities=None), "file": change_shard(file=5),
     "NUL": change_shard(file="a\0.tar"), "left out": change_shard(left_out={"images": -1}),
     "left out of what": change_shard(left_out={"thumbs": 1}), "left": change_shard(left_out=[1]),
+    "repeated": change_shard(repeated={"keys": -1, "first": "a"}), "which": change_shard(repeated={"keys": 1}),
     "moved samples": lambda tree: [shard.update(samples=n) for shard, n in zip(tree["shards"], (2, 3), strict=True)],
     "twice": lambda tree: tree["shards"].append(tree["shards"][0]),
     "total": lambda tree: tree.update(samples=6), "total null": lambda tree: tree.update(samples=None),
@@ -460,6 +461,18 @@ def test_what_no_run_reads_is_counted_and_told(tmp_path: Path) -> None:
     (line,) = open_dataset(tmp_path).remarks()
     for words in ("2 images not read", "1 sample without an image", "without a caption", "2 files", "1 tar entry"):
         assert words in line
+
+
+def test_keys_that_a_tar_has_twice_are_told(tmp_path: Path) -> None:
+    files = [(f"{number}.txt", b"%d" % number) for number in range(6)]
+    (tmp_path / "a.tar").write_bytes(tar_of([*files, ("4.txt", b"new"), ("0.txt", b"new"), ("4.txt", b"newer")]))
+    (tmp_path / "b.tar").write_bytes(tar_of(files))  # keys of another tar are no matter here
+    told = "2 keys are there twice, such as '0' in a.tar: all samples of them are read"
+    assert load_index(tmp_path).remarks() == [told]
+    assert load_index(tmp_path).remarks() == [told]  # from its index, too
+    assert Index.load(tmp_path).shards == build_index(tmp_path).shards
+    (tmp_path / "a.tar").write_bytes(tar_of([*files, ("4.txt", b"new")]))
+    assert build_index(tmp_path).remarks() == ["1 key is there twice, '4' in a.tar: all samples of it are read"]
 
 
 def test_what_all_samples_lack_is_not_told_sample_by_sample(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import typer
+from tars import picture, tar_of
 from typer.testing import CliRunner
 
 from data_pipeline import ImageTransform, Sample, decode_image, open_dataset, write_shards
@@ -121,10 +122,16 @@ def test_requests_that_make_no_sense_are_refused(trained: Path, data: Path, tmp_
         score_samples(trained, data, tmp_path / "t.jsonl", classes=tmp_path / "one.txt")
     with pytest.raises(RequestError, match="no checkpoint"):
         score_samples(tmp_path, data, tmp_path / "t.jsonl")
+    twice = tmp_path / "twice"
+    twice.mkdir()
+    for name in ("0.tar", "1.tar"):
+        (twice / name).write_bytes(tar_of({"a.jpg": picture(kind="JPEG"), "a.txt": b"text"}))
     samples = [Sample("a", {"txt": b"text"})]
     write_shards(1, samples.__getitem__, tmp_path / "bare", processes=1)
     with pytest.raises(RequestError, match="--no-captions leaves classes"):
         score_samples(trained, tmp_path / "bare", tmp_path / "t.jsonl", captions=False)
+    with pytest.raises(ValueError, match=r"1 key of .* several shards, 'a' in 0\.tar and 1\.tar, and rows of a table"):
+        score_samples(trained, twice, tmp_path / "t.jsonl")
     assert not (tmp_path / "t.jsonl").exists()
 
 

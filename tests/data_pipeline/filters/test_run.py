@@ -304,16 +304,45 @@ def test_a_damaged_sample_is_dropped_by_the_first_step(source: Path, tmp_path: P
     assert "3" not in {sample.key for sample in read_all(tmp_path / "out")}
 
 
-def test_equal_keys_of_several_shards_are_told_before_they_would_come_into_one(tmp_path: Path) -> None:
+def test_equal_keys_of_several_shards_are_told_before_they_would_come_into_one(
+    tmp_path: Path, read_all: ReadAll
+) -> None:
     (tmp_path / "in").mkdir()
     for shard in range(2):
         files = {f"{number}.txt": b"of shard %d" % shard for number in range(1, 4)}
         (tmp_path / "in" / f"s{shard}.tar").write_bytes(tar_of(files))
-    with pytest.raises(ValueError, match=r"3 keys of .*'1'"):
-        run_filters(tmp_path / "in", tmp_path / "out", [Multiples(7)], processes=1)
+    looked: list[tuple[int, int]] = []
+    with pytest.raises(ValueError, match=r"3 keys of .* shards, such as '1' in s0\.tar and s1\.tar.*--shard-keys"):
+        run_filters(
+            tmp_path / "in", tmp_path / "out", [Multiples(7)], processes=1, progress=lambda *now: looked.append(now)
+        )
+    assert not looked
     assert not (tmp_path / "out").exists()
     report = run_filters(tmp_path / "in", tmp_path / "out", [Multiples(7)], samples_per_shard=3, processes=1)
     assert report.kept == 6
+    run_filters(tmp_path / "in", tmp_path / "named", [Multiples(7)], shard_keys=True, processes=1)
+    assert [sample.key for sample in read_all(tmp_path / "named")] == ["s0/1", "s0/2", "s0/3", "s1/1", "s1/2", "s1/3"]
+
+
+def test_equal_keys_are_no_matter_where_a_step_leaves_one_of_them(tmp_path: Path) -> None:
+    image = {"a.png": picture(1)}
+    (tmp_path / "in").mkdir()
+    for shard in range(2):
+        (tmp_path / "in" / f"s{shard}.tar").write_bytes(tar_of(image))
+    assert run_filters(tmp_path / "in", tmp_path / "out", parse_steps(["duplicates"]), processes=1).kept == 1
+    (tmp_path / "in" / "s1.tar").write_bytes(tar_of({"a.png": picture(2)}))
+    (tmp_path / "in" / "index.json").unlink()
+    with pytest.raises(ValueError, match=r"1 key of .* is there in several shards, 'a' in s0\.tar and s1\.tar"):
+        run_filters(tmp_path / "in", tmp_path / "two", parse_steps(["duplicates"]), processes=1)
+
+
+@pytest.mark.parametrize("shard_keys", [False, True])
+def test_a_key_that_a_tar_has_twice_is_told_at_once(tmp_path: Path, shard_keys: bool) -> None:
+    (tmp_path / "in").mkdir()
+    files = [("1.txt", b"a"), ("2.txt", b"b"), ("1.txt", b"newer")]
+    (tmp_path / "in" / "s.tar").write_bytes(tar_of(files))
+    with pytest.raises(ValueError, match=r"1 key of .* is there twice, '1' in s\.tar.* unpacking s\.tar and packing"):
+        run_filters(tmp_path / "in", tmp_path / "out", [Multiples(7)], shard_keys=shard_keys, processes=1)
 
 
 def test_a_test_set_needs_a_step_that_compares_and_to_be_another_one(source: Path, tmp_path: Path) -> None:
