@@ -8,7 +8,7 @@ Design choices:
   enlarged.
 - What it was is written into the sample's json: {"baked": {"name", "width", "height", "short_side", "quality"}}. All
   other fields and keys of the sample are kept.
-- A sample that cannot be decoded is skipped, and told with its reason.
+- A sample that cannot be decoded, or is empty, is skipped, and told with its reason.
 - Who trains on the result must know how large it can be: `baked_side` reads that from the samples, wherever they are.
 """
 
@@ -25,6 +25,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from data_pipeline.damage import EMPTY
 from data_pipeline.decode import decode_image
 from data_pipeline.errors import DamagedSampleError, DataError
 from data_pipeline.joined import Joined
@@ -101,6 +102,8 @@ class Bake:
         return Sample(written_key(self.dataset, number, sample.key, self.shard_keys), sample.fields)
 
     def _baked(self, sample: Sample) -> Sample | Skipped:
+        if not sample.fields:
+            return Skipped(sample.key, EMPTY)
         field = sample.image_field
         if field is None:
             return sample

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from data_pipeline.damage import EMPTY
 from data_pipeline.decode import decode_and_remark
 from data_pipeline.errors import DataError
 from data_pipeline.sample import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, Sample
@@ -52,8 +53,9 @@ class Lacks:
         image = sample.image_field is not None
         self.usable += torn or image + (sample.audio_field is not None) + bool(words) > 1
         names = ", ".join(list(sample.fields)[:NAMED]) + (", ..." if len(sample.fields) > NAMED else "")
+        empty = "" if sample.fields else f"{EMPTY}, and it is skipped"
         if not torn and not image:
-            self._note("an image", sample, start, f"no image among its fields ({names})")
+            self._note("an image", sample, start, empty or f"no image among its fields ({names})")
         images = [name for name in sample.fields if name.rpartition(".")[2] in IMAGE_EXTENSIONS]
         hidden = [] if words or torn or len(images) != 1 else _behind_a_dot(images[0], sample)
         if hidden:
@@ -63,7 +65,7 @@ class Lacks:
             )
             self._hidden.append(Problem("error", self.shard, start, sample.key, reason))
         elif not torn and words != "caption":
-            self._note("a caption", sample, start, f"no caption in its fields ({names})")
+            self._note("a caption", sample, start, empty or f"no caption in its fields ({names})")
         if len(images) > 1:
             severity: Literal["error", "warning"] = "error" if _merged(images, sample) else "warning"
             why = (
@@ -79,11 +81,11 @@ class Lacks:
 
     def problems(self) -> Iterator[Problem]:
         """What is to be said of the whole shard, and of single samples."""
+        lacking: list[Problem] = []
         for what, without in self._bare.items():
-            if len(without) == self.samples > 1:
-                yield Problem("warning", self.shard, None, None, f"none of its {self.samples} samples has {what}")
-            else:
-                yield from without
+            none = Problem("warning", self.shard, None, None, f"none of its {self.samples} samples has {what}")
+            lacking += [none] if len(without) == self.samples > 1 else without
+        yield from dict.fromkeys(lacking)  # an empty row lacks both, and is told once
         for several in (self._hidden, *self._several.values()):
             if several:
                 first = several[0]

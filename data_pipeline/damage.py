@@ -22,6 +22,7 @@ from typing import Protocol
 from data_pipeline.errors import DamagedSampleError, DataError, first_line
 from data_pipeline.sample import Sample
 
+EMPTY = "it is empty: its row holds no value"  # a row of Parquet; in a tar, what has no field is no sample
 HERE = Path(__file__).resolve().parent
 
 
@@ -54,6 +55,8 @@ def opened(dataset: Samples, number: int) -> Iterator[Sample]:
         except (DataError, OSError) as error:
             raise _ShardError(error) from error
         key = sample.key
+        if not sample.fields:
+            raise DamagedSampleError(key, EMPTY)
         yield sample
     except _ShardError as passed:
         raise passed.error from passed.error.__cause__

@@ -22,9 +22,14 @@ from private_network import in_private_network
 from servers import WebServer
 from tars import picture, tar_of
 
+from data_pipeline.bake import bake
 from data_pipeline.batch import Batch, BatchMaker
 from data_pipeline.block_order import BlockOrder, quality_of
+from data_pipeline.check import check_dataset
+from data_pipeline.damage import EMPTY
 from data_pipeline.errors import DamagedSampleError, DataError
+from data_pipeline.filters import parse_steps, run_filters
+from data_pipeline.filters.look import UNREADABLE
 from data_pipeline.joined import Joined
 from data_pipeline.loader import Loader
 from data_pipeline.mixture import Mixture, Phase
@@ -622,6 +627,19 @@ def test_no_row_and_empty_files(tmp_path: Path) -> None:
     write_table(tmp_path / "c.parquet", **empty)
     dataset = open_dataset(tmp_path)
     assert (len(dataset), dataset.key(0)) == (1, "b/0")
+
+
+def test_an_empty_row_is_skipped_and_told(tmp_path: Path) -> None:
+    images = [picture(n, (40, 40), "JPEG") if n != 4 else None for n in range(6)]
+    write_table(tmp_path / "a.parquet", image=images, caption=[None if n == 4 else f"c {n}" for n in range(6)])
+    (problem,) = check_dataset(tmp_path, processes=1).problems
+    assert str(problem) == "a.parquet, sample 'a/4': it is empty: its row holds no value, and it is skipped"
+    assert problem.severity == "warning"
+    written = bake(tmp_path, tmp_path / "baked", short_side=20, processes=1)
+    assert [(skip.source, skip.reason) for skip in written.skipped] == [("a/4", EMPTY)]
+    report = run_filters(tmp_path, tmp_path / "kept", parse_steps(["image-size"]), processes=1)
+    assert (report.kept, report.steps[0].reasons) == (5, {UNREADABLE: 1})
+    assert [(example.key, example.detail) for example in report.steps[0].examples] == [("a/4", EMPTY)]
 
 
 # --- at a URL
