@@ -26,8 +26,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.folder import gap_in, ignored_in, shard_files
 from data_pipeline.index import INDEX_FILE, Index, ShardEntry, disagreements
 from data_pipeline.parallel import run_jobs
-from data_pipeline.parquet import is_parquet, parquet_paths
-from data_pipeline.reader import open_dataset
+from data_pipeline.parquet import is_parquet, open_files, parquet_paths, refuse_several_splits
 
 Progress = Callable[[int, int], None]
 
@@ -90,14 +89,22 @@ def _check_parquet(folder: Path, decode: bool, processes: int | None, progress: 
     paths = parquet_paths(folder)
     if not paths:
         raise FileNotFoundError(f"no data set at {folder}: there is no such Parquet file")
+    refuse_several_splits(folder, paths)
     findings = _check_shards(check_parquet_file, [(path, decode) for path in paths], processes, progress)
-    problems: list[Problem] = []
-    if not any(finding.problems and finding.samples == 0 for finding in findings):  # or it would be told twice
+    return _report(paths, findings, list(_apart(folder, paths, findings)))
+
+
+def _apart(folder: Path, paths: list[Path], findings: list[Finding]) -> Iterator[Problem]:
+    """One error for each Parquet file that is good alone and cannot be read with the first such file."""
+    told = {problem.reason for finding in findings for problem in finding.problems}
+    first: list[Path] = []
+    for path in paths:
         try:
-            open_dataset(folder)
+            open_files(folder, [*first, path])
+            first = first or [path]
         except DataError as error:
-            problems.append(Problem("error", folder.name, None, None, str(error)))
-    return _report(paths, findings, problems)
+            if str(error) not in told:
+                yield Problem("error", path.name, None, None, str(error))
 
 
 def _report(paths: list[Path], findings: list[Finding], problems: list[Problem]) -> CheckReport:

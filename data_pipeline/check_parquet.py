@@ -13,18 +13,19 @@ from data_pipeline.check_sample import Lacks, Problem, check_media, check_text
 from data_pipeline.check_shard import Finding
 from data_pipeline.errors import DamagedSampleError, DataError
 from data_pipeline.index import ShardEntry
-from data_pipeline.parquet import ParquetFiles
-from data_pipeline.reader import open_dataset
+from data_pipeline.parquet import ParquetFiles, open_files
 
 
 def check_parquet_file(path: Path, decode: bool) -> Finding:
     """All that is wrong with one Parquet file."""
     finding, lacks = Finding(), Lacks(path.name)
     try:
-        dataset = open_dataset(path)
-        with closing(dataset):
-            assert isinstance(dataset.files, ParquetFiles)
-            _check_rows(dataset.files, dataset.index.shards[0], decode, lacks, finding)
+        files, index = open_files(path, [path])
+        if not index.samples:
+            finding.problems.append(Problem("warning", path.name, None, None, "it holds no row"))
+            return finding
+        with closing(files):
+            _check_rows(files, index.shards[0], decode, lacks, finding)
     except (DataError, OSError) as error:
         finding.problems.append(Problem("error", path.name, None, None, str(error)))
         return finding

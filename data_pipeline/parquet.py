@@ -46,6 +46,7 @@ from data_pipeline.parquet_columns import Columns, check_columns, class_names, f
 from data_pipeline.remote import Cache, RemoteFiles, is_url
 from data_pipeline.remote_file import RemotePath, find_remote
 from data_pipeline.sample import Sample, trimmed
+from data_pipeline.scan import LeftOut
 from data_pipeline.strict_json import strict_json
 
 AnyPath = Path | RemotePath
@@ -71,10 +72,19 @@ def open_parquet(path: str | Path, cache: Cache) -> tuple[ParquetFiles, Index]:
     or files whose rows have equal keys, DataError when a file is damaged, lacks columns or has them of
     a wrong type, or there is no row.
     """
+    paths: Sequence[AnyPath]
     if is_url(path):
-        return _open_paths(str(path), _refuse_equal_keys(find_remote(str(path), cache, EXTENSIONS)))
-    path = Path(path)
-    return _open_paths(path, parquet_paths(path))
+        paths = _refuse_equal_keys(find_remote(str(path), cache, EXTENSIONS))
+    else:
+        path = Path(path)
+        paths = parquet_paths(path)
+    if not paths:
+        raise FileNotFoundError(f"no data set at {path}: there is no such Parquet file")
+    refuse_several_splits(path, paths)
+    files, index = open_files(path, paths)
+    if index.samples == 0:
+        raise DataError(f"there is no row in the {len(paths)} Parquet files of {path}")
+    return files, index
 
 
 def is_parquet_at(url: str, cache: Cache) -> bool:
@@ -82,11 +92,11 @@ def is_parquet_at(url: str, cache: Cache) -> bool:
     return url.lower().endswith(EXTENSIONS) or bool(find_remote(url, cache, EXTENSIONS))
 
 
-def _open_paths(given: str | Path, paths: Sequence[AnyPath]) -> tuple[ParquetFiles, Index]:
-    """The files and what is in them; `given`: as the user wrote it."""
-    if not paths:
-        raise FileNotFoundError(f"no data set at {given}: there is no such Parquet file")
-    _refuse_several_splits(given, paths)
+def open_files(given: str | Path, paths: Sequence[AnyPath]) -> tuple[ParquetFiles, Index]:
+    """These files, one or more, and what is in them; `given`: as the user wrote it.
+
+    Raises DataError when a file is damaged, lacks columns or has them of a wrong type.
+    """
     load_pyarrow(given)
     entries, first, columns = [], None, Columns(None, None, None)
     for each in paths:
@@ -97,13 +107,11 @@ def _open_paths(given: str | Path, paths: Sequence[AnyPath]) -> tuple[ParquetFil
                 check_columns(file.path, file.schema, columns, first.path, first.schema)
         modalities = zip(("audio", "image", "text"), (columns.sound, columns.image, columns.caption), strict=True)
         held = tuple(name for name, column in modalities if column is not None)
-        entries.append(ShardEntry(each.name, file.rows, file.bytes, file.checksum, held))
-    index = Index(tuple(entries))
-    if index.samples == 0:
-        raise DataError(f"there is no row in the {len(entries)} Parquet files of {given}")
+        left_out = LeftOut(without_image=file.nulls(columns.image), without_caption=file.nulls(columns.caption))
+        entries.append(ShardEntry(each.name, file.rows, file.bytes, file.checksum, held, left_out))
     first_path = paths[0]
     base = first_path.absolute().parent if isinstance(first_path, Path) else first_path.files
-    return ParquetFiles(given, base, columns), index
+    return ParquetFiles(given, base, columns), Index(tuple(entries))
 
 
 class ParquetFiles:
@@ -274,6 +282,18 @@ class _File:
         group = bisect_right(self._first, row) - 1
         return group, row - self._first[group]
 
+    def nulls(self, column: str | None) -> int:
+        """Rows that hold nothing in a column, as far as the footer tells: of lists and blank texts it does not."""
+        if column is None or str(self.schema.field(column).type) == "null":
+            return self.rows
+        metadata = self._reader.metadata
+        places = {metadata.schema.column(number).path: number for number in range(metadata.num_columns)}
+        place = places.get(column, places.get(f"{column}.bytes"))
+        if place is None:
+            return 0
+        groups = (metadata.row_group(number).column(place).statistics for number in range(metadata.num_row_groups))
+        return sum(told.null_count for told in groups if told is not None and told.has_null_count)
+
     def select(self, columns: Columns) -> None:
         """Read these columns, and all others that JSON can hold."""
         self._columns = []
@@ -321,7 +341,7 @@ def _refuse_equal_keys(paths: Sequence[AnyPath]) -> Sequence[AnyPath]:
     return paths
 
 
-def _refuse_several_splits(folder: str | Path, paths: Sequence[AnyPath]) -> None:
+def refuse_several_splits(folder: str | Path, paths: Sequence[AnyPath]) -> None:
     """ValueError, with a pattern for one of them, when the names of files tell of more than one split."""
     if not _is_folder(folder):
         return

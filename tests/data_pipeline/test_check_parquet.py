@@ -67,6 +67,29 @@ def test_files_of_other_columns_do_not_go_together(folder: Path) -> None:
     assert "c.parquet has no column 'image'" in error.reason
 
 
+def test_a_file_of_no_row_is_a_warning_and_hides_nothing(folder: Path) -> None:
+    """As Spark writes it; what a run refuses is told beside it, of each file."""
+    write(folder / "c.parquet", [], [])
+    report = check_dataset(folder, processes=1)
+    assert (report.ok, [str(problem) for problem in report.problems]) == (True, ["c.parquet: it holds no row"])
+    (folder / "d.parquet").write_bytes(b"cut")
+    for name in ("e", "f"):
+        pq.write_table(pa.table({"image": [picture()], "text": ["x"]}), folder / f"{name}.parquet")
+    errors = check_dataset(folder, processes=1).errors
+    assert [error.shard for error in errors] == ["d.parquet", "e.parquet", "f.parquet"]
+    assert "f.parquet has no column 'caption', which a.parquet beside it has, only 'text'" in errors[2].reason
+    for name in ("test", "train"):
+        write(folder / f"{name}.parquet", [], [])
+    with pytest.raises(ValueError, match="holds files of several splits"):
+        check_dataset(folder, processes=1)
+
+
+def test_files_of_no_row_alone_are_no_data(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", [], [])
+    (error,) = check_dataset(tmp_path, processes=1).errors
+    assert "no sample in the whole data set" in error.reason
+
+
 def test_parquet_without_words_is_not_good(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", [picture()] * 3, [None] * 3)
     (error,) = check_dataset(tmp_path, processes=1).errors

@@ -37,6 +37,7 @@ from data_pipeline.order import Order, ReadingOrder
 from data_pipeline.reader import Dataset, open_dataset, read_order
 from data_pipeline.remote import Cache
 from data_pipeline.sample import Sample
+from data_pipeline.scan import LeftOut
 from data_pipeline.shards import write_shards
 from data_pipeline.sound import AudioTransform
 from data_pipeline.tokenizer import Tokenizer
@@ -627,6 +628,24 @@ def test_no_row_and_empty_files(tmp_path: Path) -> None:
     write_table(tmp_path / "c.parquet", **empty)
     dataset = open_dataset(tmp_path)
     assert (len(dataset), dataset.key(0)) == (1, "b/0")
+
+
+@pytest.mark.parametrize("struct", [False, True])
+def test_what_rows_lack_is_told_by_the_footer(tmp_path: Path, struct: bool) -> None:
+    images: list[Any] = [picture(n) if n % 4 else None for n in range(12)]
+    if struct:
+        images = [None if n == 0 else {"bytes": image, "path": None} for n, image in enumerate(images)]
+    kind = HUGGING_FACE if struct else pa.binary()
+    captions = [None if n % 2 else f"c {n}" for n in range(12)]
+    write_table(tmp_path / "a.parquet", image=pa.array(images, kind), caption=captions)
+    write_table(tmp_path / "b.parquet", image=pa.array(images, kind), caption=pa.array([None] * 12, pa.null()))
+    dataset = open_dataset(tmp_path)
+    assert dataset.index.left_out == LeftOut(without_image=6, without_caption=18)
+    assert dataset.remarks() == [f"{tmp_path}: 6 samples without an image; 18 samples without a caption"]
+    write_table(tmp_path / "b.parquet", image=pa.array(images, kind), caption=[[f"c {n}"] for n in range(12)])
+    assert open_dataset(tmp_path / "b.parquet").index.left_out == LeftOut(without_image=3)  # lists are not looked into
+    pq.write_table(pa.table({"image": images[1:2], "caption": ["c"]}), tmp_path / "c.parquet", write_statistics=False)
+    assert open_dataset(tmp_path / "c.parquet").remarks() == []
 
 
 def test_an_empty_row_is_skipped_and_told(tmp_path: Path) -> None:
