@@ -18,8 +18,8 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from data_pipeline.strict_yaml import RepeatedKeyError, parse
 from pretrain.errors import RequestError
-from pretrain.recipe_yaml import parse
 from pretrain.relevance import Ignored, ignored
 from pretrain.sections import Checkpoint, Data, Eval, Kernels, LayoutConfig, Model, Objective, Run, Section, Train
 
@@ -184,8 +184,8 @@ def _find(name: str) -> Path:
 def _read(path: Path) -> dict[str, Any]:
     try:
         tree = parse(path.read_text(encoding="utf-8-sig"), str(path))
-    except RequestError:
-        raise
+    except RepeatedKeyError as error:
+        raise RequestError(str(error)) from None
     except ValueError as error:
         raise RequestError(f"{path} is not YAML: {error}") from None
     if not isinstance(tree, dict):
@@ -211,8 +211,8 @@ def _lay_over(tree: dict[str, Any], override: str) -> set[str]:
         node = child
     try:
         node[leaf] = parse(text, f"override {override!r}") if text else None
-    except RequestError:
-        raise
+    except RepeatedKeyError as error:
+        raise RequestError(str(error)) from None
     except ValueError as error:
         raise RequestError(f"override {override!r}: the value is not YAML ({error})") from None
     return {dotted, *_below(node[leaf], dotted)}

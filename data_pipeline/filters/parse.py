@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import typing
 from collections.abc import Iterable
 from pathlib import Path
 from types import UnionType
 from typing import Any
-
-import yaml
 
 from data_pipeline.filters.captions import Captions
 from data_pipeline.filters.duplicates import Duplicates
@@ -27,6 +26,7 @@ from data_pipeline.filters.near_duplicates import NearDuplicates
 from data_pipeline.filters.personal_data import PersonalData
 from data_pipeline.filters.scores import PseudoLabels, Scores, TopScores
 from data_pipeline.filters.step import Step
+from data_pipeline.strict_yaml import RepeatedKeyError, parse
 
 _ALL = (
     Captions,
@@ -67,9 +67,11 @@ def _from_file(path: Path) -> list[Step]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file of filter steps {path}")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        tree = parse(path.read_text(encoding="utf-8"), str(path))
+    except RepeatedKeyError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(tree, list) or not tree:
         raise ValueError(f"{path} holds no list of steps: write lines such as `- captions: {{min_words: 3}}`")
     steps = []
@@ -91,6 +93,8 @@ def _from_word(word: str) -> Step:
         key, equals, value = part.partition("=")
         if not equals:
             raise ValueError(f"filter step {word!r}: {part!r} is no option=value")
+        if key.strip() in options:
+            raise ValueError(f"filter step {word!r}: {key.strip()!r} is given twice: keep one of them")
         options[key.strip()] = value.strip()
     return _build(name.strip(), options)
 
@@ -132,15 +136,23 @@ def _value(option: str, kind: Any, value: Any) -> Any:
     elif kind in (int, float):
         try:
             if not isinstance(value, bool) and (kind is float or not isinstance(value, float)):
-                return kind(value)
-        except (ValueError, TypeError):
+                number = kind(value)
+                if math.isfinite(number):  # comparisons with nan hold for nothing
+                    return number
+        except (ValueError, TypeError, OverflowError):
             pass
     elif isinstance(value, str) and value:
         return kind(value)
     raise ValueError(f"{option} is {value!r}: give {_WORDS[kind]}")
 
 
-_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "the path of a file"}
+_WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a finite number",
+    str: "a text",
+    Path: "the path of a file",
+}
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

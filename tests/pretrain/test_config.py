@@ -10,10 +10,10 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from data_pipeline.strict_yaml import parse
 from pretrain.cli import _expanded
 from pretrain.config import RECIPES, Recipe, builtin_recipes, keys_of, load_recipe, recipe_of, repeated
 from pretrain.errors import RequestError
-from pretrain.recipe_yaml import parse
 from pretrain.relevance import RULES, rules_of
 from pretrain.sections import Kernels
 

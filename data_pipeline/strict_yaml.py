@@ -1,4 +1,4 @@
-"""YAML as recipes mean it: safe, without the traps of YAML 1.1, and with every key once.
+"""YAML as recipes and filter files mean it: safe, without the traps of YAML 1.1, and with every key once.
 
 - `010` and `08` are the numbers ten and eight (1.1: octal), `1:30` and `2024-01-01` are text (1.1: 90, and a date).
 - A key that is given twice in one mapping is refused with both lines; PyYAML keeps the last one and says nothing.
@@ -12,14 +12,16 @@ from typing import Any
 
 import yaml
 
-from pretrain.errors import RequestError
-
 INTEGER, FLOAT, MERGE = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float", "tag:yaml.org,2002:merge"
 TIMESTAMP = "tag:yaml.org,2002:timestamp"
 
 
+class RepeatedKeyError(ValueError):
+    """A key is given twice in one mapping: one sentence."""
+
+
 def parse(text: str, where: str) -> Any:
-    """The value of a YAML text. Raises RequestError, which begins with `where`, for a key that is given twice.
+    """The value of a YAML text. Raises RepeatedKeyError, which begins with `where`, for a key that is given twice.
 
     Raises ValueError, in one line, for what is not YAML.
     """
@@ -55,7 +57,7 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, (list, dict, set)):
                 continue  # refused as a key when the mapping is made
             if key in lines:
-                raise RequestError(f"{self.where}: {_twice(key, lines[key], line)}: keep one of them")
+                raise RepeatedKeyError(f"{self.where}: {_twice(key, lines[key], line)}: keep one of them")
             lines[key] = line
         super().flatten_mapping(node)
 
