@@ -14,9 +14,9 @@ from data_pipeline import Dataset, Joined
 from pretrain.checkpoint.format import Checkpoint
 from pretrain.config import Recipe
 from pretrain.errors import WeftError
+from pretrain.job import difference
 from pretrain.parallel.groups import Ranks
 from pretrain.run_folder import flat, versions
-from pretrain.watchdog import ranks_in_words
 
 SHOWN = 12  # characters of a fingerprint
 PACKAGES = ("pretrain", "data_pipeline", "kernels", "cluster")
@@ -66,7 +66,7 @@ def refuse_different_ranks(
             name, values = _first_difference(ranks.of_all(settings))
         else:
             values = [each[name] for each in everyone]
-        raise WeftError(f"the ranks differ in {name}: {_by_value(values)}; give every rank the same")
+        raise WeftError(difference(name, values))
 
 
 def _data(dataset: Dataset | Joined | None) -> str:
@@ -92,11 +92,3 @@ def _first_difference(settings: list[dict[str, Any]]) -> tuple[str, list[str]]:
     keys = sorted({key for each in settings for key in each})
     key = next(key for key in keys if len({str(each.get(key)) for each in settings}) > 1)
     return key, [str(each.get(key)) for each in settings]
-
-
-def _by_value(values: list[str]) -> str:
-    """ "12 samples on ranks 0-2, 6 samples on rank 3"."""
-    ranks_of: dict[str, list[int]] = {}
-    for rank, value in enumerate(values):
-        ranks_of.setdefault(value, []).append(rank)
-    return ", ".join(f"{value} on {ranks_in_words(ranks)}" for value, ranks in ranks_of.items())

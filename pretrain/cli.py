@@ -105,7 +105,7 @@ def train(
     end_with_launcher()
     from pretrain.train import train as run
 
-    raise typer.Exit(run(with_layout(resolved, job.world), shlex.join(["weft", *arguments])))
+    raise typer.Exit(run(resolved, shlex.join(["weft", *arguments])))
 
 
 @weft.command()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pretrain.errors import RequestError
@@ -194,3 +194,25 @@ def _number(env: Mapping[str, str], name: str, least: int = 0, most: int | None 
             f"the environment variable {name} is {text!r}, but it must be {allowed}: set it, or unset it"
         )
     return int(text)
+
+
+def ranks_in_words(numbers: Sequence[int]) -> str:
+    """ "rank 2", "ranks 0, 1, 3", "ranks 4-7": three and more in a row are shortened."""
+    rows: list[list[int]] = []
+    for number in numbers:
+        if rows and number == rows[-1][-1] + 1:
+            rows[-1].append(number)
+        else:
+            rows.append([number])
+    parts = [f"{row[0]}-{row[-1]}" if len(row) > 2 else ", ".join(map(str, row)) for row in rows]
+    return ("ranks " if len(numbers) > 1 else "rank ") + ", ".join(parts)
+
+
+def difference(name: str, values: Sequence[str]) -> str:
+    """The sentence about ranks that do not have the same; `values`: what each has, rank 0 first."""
+    ranks_of: dict[str, list[int]] = {}
+    for rank, value in enumerate(values):
+        ranks_of.setdefault(value, []).append(rank)
+    told = ", ".join(f"{value} on {ranks_in_words(ranks)}" for value, ranks in ranks_of.items())
+    chosen = ", and the same layout.memory_gib where layout.auto chooses" if "layout" in name else ""
+    return f"the ranks differ in {name}: {told}; give every rank the same{chosen}"

@@ -35,6 +35,7 @@ from pretrain.ingest import ingest
 from pretrain.job import this_job
 from pretrain.metrics import Clock, ProgressLine, RunLog, WaitHint, duration, peak_memory_gib
 from pretrain.parallel.build import build_model
+from pretrain.parallel.choose import with_layout
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.first import from_first
 from pretrain.parallel.groups import TIMEOUT, Ranks, pick_device, start_ranks, stop_ranks
@@ -60,6 +61,7 @@ def train(recipe: Recipe, command: str) -> int:
         with telling_others(job, patience):
             if job.rank == 0:
                 refuse_if_held(recipe.run.dir)
+            recipe = with_layout(recipe, job.world)
             layout, dataset, test, checkpoint = check(recipe, job.world)
             device = pick_device(recipe.run.device)
             if job.rank == 0:

@@ -31,6 +31,7 @@ from typing import Literal, get_args
 import torch
 
 from data_pipeline.index import written_whole
+from pretrain.job import ranks_in_words
 from pretrain.parallel.groups import TIMEOUT, Ranks
 from pretrain.restart import NO_PROGRESS
 
@@ -178,18 +179,6 @@ def table(standings: Sequence[Standing], world: int) -> str:
             f"in `{there[0].phase}` of step {there[0].step}, for {max(each.seconds for each in there):.0f} s"
         )
     return "\n".join(lines)
-
-
-def ranks_in_words(numbers: Sequence[int]) -> str:
-    """ "rank 2", "ranks 0, 1, 3", "ranks 4-7": three and more in a row are shortened."""
-    rows: list[list[int]] = []
-    for number in numbers:
-        if rows and number == rows[-1][-1] + 1:
-            rows[-1].append(number)
-        else:
-            rows.append([number])
-    parts = [f"{row[0]}-{row[-1]}" if len(row) > 2 else ", ".join(map(str, row)) for row in rows]
-    return ("ranks " if len(numbers) > 1 else "rank ") + ", ".join(parts)
 
 
 def _wait(seconds: float, until: Callable[[], bool]) -> None:

@@ -3,7 +3,8 @@
 Data parallel ranks with ZeRO come first, from the default stage to 3; then tensor parallel ones, which should be
 neighbours; then pipeline stages. What fits none of them is tried again with whole layers made again in backward, then
 with ever smaller microbatches as well, which embed everything twice. The choice is a function of the recipe, the number
-of ranks and the memory alone, so every rank makes the same one.
+of ranks and the memory alone. Ranks of nodes with different memory may choose differently, and are refused when they
+meet: `layout.memory_gib` says what to count on.
 """
 
 from __future__ import annotations

@@ -128,7 +128,8 @@ def start_ranks(
     """Join the other ranks and make the groups of a layout. A single rank needs no launcher and opens no port.
 
     `timeout`: how long a collective waits for a rank that does not come; `patience`: for how many seconds ranks wait
-    for each other at the start. Raises WeftError that names a rank which failed before, or did not come.
+    for each other at the start. Raises WeftError that names a rank which failed before, did not come, or has another
+    layout.
     """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -149,7 +150,7 @@ def start_ranks(
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
             job = this_job()
-            store = meet(job, patience)
+            store = meet(job, patience, {"the kind of device": device.type, "the layout": layout.sizes})
             dist.init_process_group(backend, store=store, rank=job.rank, world_size=job.world, timeout=timeout)
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     with warnings.catch_warnings():

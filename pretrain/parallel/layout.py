@@ -53,10 +53,15 @@ class Layout:
         """By a multiple of how many tokens a batch's text may be shorter than the context: few shapes, whole pieces."""
         return math.lcm(TEXT_STEP, self.sequence_pieces)
 
-    def __str__(self) -> str:
+    @property
+    def sizes(self) -> str:
+        """Of the parallel groups, in words."""
         sizes = [f"dp{self.dp} x tp{self.tp}"]
         sizes += [f"{name}{size}" for name, size in (("pp", self.pp), ("vpp", self.vpp), ("cp", self.cp)) if size > 1]
-        parts = [" x ".join(sizes), *(["sequence parallel"] if self.sequence_parallel else [])]
+        return " x ".join(sizes)
+
+    def __str__(self) -> str:
+        parts = [self.sizes, *(["sequence parallel"] if self.sequence_parallel else [])]
         zero = f"ZeRO-{self.zero}" + (" offloaded" if self.offload else "")
         return ", ".join(
             [*parts, zero, f"{self.microbatches} microbatch{'es' * (self.microbatches != 1)} of {self.micro_batch}"]

@@ -2,16 +2,18 @@
 
 torch's own rendezvous waits for a collective's timeout and then names nobody. Here each rank signs in at the store that
 the job shares, and looks while it waits whether another has failed: a rank that cannot start (its data is missing, its
-recipe is wrong) comes too, to say so.
+recipe is wrong) comes too, to say so. What process groups are made of is compared here, before there are any: ranks of
+two layouts would wait in their groups for each other, and nobody would watch them.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
@@ -19,7 +21,7 @@ import torch.distributed as dist
 
 from data_pipeline.errors import first_line
 from pretrain.errors import RequestError, WeftError
-from pretrain.job import BY_HAND, Job
+from pretrain.job import BY_HAND, Job, difference
 
 # seconds that ranks of one machine may be apart when they begin: they import libraries, on disks and cores they share;
 # train.watchdog, which is about steps, may be shorter
@@ -29,24 +31,29 @@ WHY = f"train.watchdog, or {SLOWEST_START:.0f} s where that is less"
 LOOKS = 0.1  # seconds between two looks at who is there
 
 
-def meet(job: Job, patience: float) -> dist.Store:
-    """The store of all ranks, when every one of them is there.
+def meet(job: Job, patience: float, same: Mapping[str, str] | None = None) -> dist.Store:
+    """The store of all ranks, when every one of them is there and has the same.
 
-    Raises WeftError when a rank has failed or is not there within `patience` seconds, RequestError when nothing says
-    where the ranks meet.
+    `same`: what must not differ, name and value; rank 0 compares. Raises WeftError on every rank when it does, when a
+    rank has failed or is not there within `patience` seconds, RequestError when nothing says where the ranks meet.
     """
     end = time.monotonic() + patience
     store = _store(job, patience)
     try:
-        store.set(f"rank {job.rank}", f"process {os.getpid()} on {socket.gethostname()}")
-        store.add("here", 1)
-        while store.add("here", 0) < job.world:
+        store.set(f"rank {job.rank}", json.dumps(dict(same or {})))
+        all_here = store.add("here", 1) == job.world
+        while not store.check(["met"]):
             if store.check(["failed"]):
                 said = store.get("failed").decode()
                 _in_background(_heard, store, job, min(patience, SPEAKS))
-                raise WeftError(f"another rank could not start: {said}")
-            if time.monotonic() > end:
-                missing = [rank for rank in range(job.world) if not store.check([f"rank {rank}"])]
+                raise WeftError(said)
+            all_here = all_here or store.add("here", 0) >= job.world
+            if all_here and job.rank == 0:
+                told = _differs(store, job)
+                store.set(*(("failed", told) if told else ("met", "")))
+                continue
+            if time.monotonic() > end + (SPEAKS if all_here else 0):
+                missing = [rank for rank in range(job.world) if not store.check([f"rank {rank}"])] or [0]
                 raise WeftError(_missing(missing, job, patience))
             time.sleep(LOOKS)
     except dist.DistError as error:
@@ -71,8 +78,18 @@ def telling_others(job: Job, patience: float) -> Iterator[None]:
 def _tell(job: Job, said: str, patience: float) -> None:
     with suppress(dist.DistError, WeftError):  # nobody is there to be told
         store = _store(job, patience)
-        store.compare_set("failed", "", said)
+        store.compare_set("failed", "", f"another rank could not start: {said}")
         _heard(store, job, patience)
+
+
+def _differs(store: dist.Store, job: Job) -> str:
+    """The sentence about what is not the same on all ranks, "" when all is."""
+    everyone = [json.loads(each) for each in store.multi_get([f"rank {rank}" for rank in range(job.world)])]
+    for name in everyone[0]:
+        values = [str(each.get(name)) for each in everyone]
+        if len(set(values)) > 1:
+            return difference(name, values)
+    return ""
 
 
 def _heard(store: dist.Store, job: Job, patience: float) -> None:

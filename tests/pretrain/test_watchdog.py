@@ -13,9 +13,10 @@ from jobs import Job
 from ranks import RanksError, run_ranks
 
 from data_pipeline.scenes.synth import synthesise
+from pretrain.job import ranks_in_words
 from pretrain.parallel.groups import TIMEOUT
 from pretrain.restart import NO_PROGRESS, newest_step
-from pretrain.watchdog import PHASES, SLOW, TABLE, Standing, collective_timeout, ranks_in_words, table
+from pretrain.watchdog import PHASES, SLOW, TABLE, Standing, collective_timeout, table
 
 FORWARD = "forward and backward"
 SOURCE = Path(__file__).read_text().splitlines()

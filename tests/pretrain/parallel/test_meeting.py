@@ -98,6 +98,17 @@ def test_a_rank_that_comes_when_the_others_know_is_told_too(job: Callable[[int, 
     tells(by_the_late, 1)
 
 
+@pytest.mark.parametrize("other", [0, 1, 2])
+def test_what_differs_is_said_on_every_rank(job: Callable[[int, int], Job], other: int) -> None:
+    each = [{"the layout": "dp3 x tp1" if rank == other else "dp1 x tp3"} for rank in range(3)]
+    told = together(*(lambda rank=rank: meet(job(rank, 3), 40, each[rank]) for rank in range(3)))  # type: ignore[misc]
+    [sentence] = {str(error) for error in told if isinstance(error, WeftError)}
+    assert "the ranks differ in the layout: dp" in sentence
+    assert f"dp3 x tp1 on rank {other}" in sentence
+    assert "layout.memory_gib" in sentence
+    assert all(isinstance(error, WeftError) for error in told)
+
+
 def test_a_rank_that_does_not_come_is_named(job: Callable[[int, int], Job]) -> None:
     with pytest.raises(WeftError, match=r"ranks 1, 2 of 3 did not come within 0 s \(train.watchdog, or 120 s"):
         meet(job(0, 3), 0.3)
