@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 from collections.abc import Generator
 from pathlib import Path
@@ -15,6 +16,7 @@ from ranks import run_ranks
 
 from data_pipeline import Batch
 from data_pipeline.scenes.synth import synthesise
+from pretrain import agreement
 from pretrain.certificate import compare_orders
 from pretrain.checkpoint.format import describe
 from pretrain.config import load_recipe
@@ -45,6 +47,13 @@ REFUSED: list[tuple[list[str], list[str], str]] = [
     (["data.test=A"], ["data.test=null"], r"differ in data\.test: .* none on rank 1"),
     (["train.lr=1e-3"], ["train.lr=2e-3"], r"differ in train\.lr: 0\.001 on rank 0, 0\.002 on rank 1"),
     (["layout.pp=2", HALF_FROZEN], ["layout.pp=2", HALF_FROZEN], r"train\.freeze is .* leaves pipeline stage 1 of"),
+    (["run.dir=A-0"], ["run.dir=A-1"], r"run\.dir is not the same folder on rank 0 and rank 1: .*A-0 is not in .*A-1"),
+    (
+        ["train.init_from=A/../alone"],
+        ["train.init_from=A/../tp"],
+        r"init_from: step 2 \(.*\) on rank 0, step 2 \(",
+    ),
+    ([], ["train.init_from=A/../alone"], r"differ in train\.init_from: none on rank 0, step 2 \(\w+\) on rank 1"),
     (["train.freeze=[vision., text., logit_]"], ["train.freeze=[vision., text., logit_]"], r"leaves nothing to train"),
 ]
 
@@ -71,14 +80,19 @@ def in_two_ranks(rank: int, world: int, folder: Path) -> dict[str, Any]:
         asked += [key.replace("=A", f"={folder / 'A'}").replace("=B", f"={folder / 'B'}") for key in keys]
         return load_recipe("quickstart", asked)
 
+    for name, keys in (("alone", []), ("parts", ["train.micro_batch=2"]), ("tp", ["layout.tp=2"])):
+        found[name] = train(recipe(name, keys), "weft train")
+    if rank == 0:
+        shutil.copytree(folder / "alone", folder / "A-copy")
+    found["copy"] = train(recipe("copied", ["train.init_from=A/../" + ("A-copy" if rank else "alone")]), "weft train")
+
+    agreement.APPEARS = 1.0
     for number, (first, second, _) in enumerate(REFUSED):
         try:
             train(recipe(f"refused{number}", second if rank else first), "weft train")
             found["refused"].append("trained")
         except WeftError as error:
             found["refused"].append(str(error))
-    for name, keys in (("alone", []), ("parts", ["train.micro_batch=2"]), ("tp", ["layout.tp=2"])):
-        found[name] = train(recipe(name, keys), "weft train")
 
     encode = Engine.encode_image
 
@@ -122,6 +136,10 @@ def test_what_differs_is_said_on_every_rank(found: list[dict[str, Any]], number:
     sentences = {each["refused"][number] for each in found}
     assert len(sentences) == 1
     assert re.search(REFUSED[number][2], sentences.pop())
+
+
+def test_a_warm_start_is_compared_by_its_bytes(found: list[dict[str, Any]]) -> None:
+    assert [each["copy"] for each in found] == [0, 0]
 
 
 def test_the_order_certificate_is_that_of_any_layout(found: list[dict[str, Any]], folder: Path) -> None:
