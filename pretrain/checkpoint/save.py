@@ -17,7 +17,8 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -44,6 +45,8 @@ from pretrain.checkpoint.tensor_file import write_tensors, write_text
 from pretrain.config import Recipe
 from pretrain.errors import WeftError
 from pretrain.parallel.engine import Engine
+
+APPEARS = 10.0  # seconds in which rank 0 sees what another rank has written and flushed
 
 
 @dataclass
@@ -159,8 +162,10 @@ class Saver:
         failure = next((failure for failure, _ in told if failure), "")
         if not failure and self._ranks.is_first:
             files = {name: checksum for _, files in told for name, checksum in files.items()}
+            failure = _missing([list(files) for _, files in told], unfinished)
             try:
-                self._name(pending, files, unfinished, folder)
+                if not failure:
+                    self._name(pending, files, unfinished, folder)
             except OSError as error:
                 failure = _reason(error)
         if self._ranks.is_first:
@@ -213,6 +218,18 @@ def _in_thread(work: Callable[[], None]) -> threading.Thread:
     thread = threading.Thread(target=work, name="old checkpoints", daemon=True)
     thread.start()
     return thread
+
+
+def _missing(files_of: Sequence[Sequence[str]], folder: Path) -> str:
+    """What is wrong when a file that some rank says it has written is not in the folder of rank 0; else ""."""
+    end = time.monotonic() + APPEARS
+    for rank, names in enumerate(files_of):
+        for name in names:
+            while not (folder / name).exists():
+                if time.monotonic() > end:
+                    return f"{name}, which rank {rank} has written, is not in {folder}: all nodes must share run.dir"
+                time.sleep(0.1)
+    return ""
 
 
 def _reason(error: Exception) -> str:

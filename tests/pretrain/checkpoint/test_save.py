@@ -131,6 +131,33 @@ def test_a_rank_that_cannot_write_ends_all_and_leaves_nothing_half_written(tmp_p
     assert verify(describe(tmp_path)) == []
 
 
+def save_into_two_folders(rank: int, world: int, run: Path) -> str:
+    """What each rank is told when it has a folder of its own."""
+    from pretrain.checkpoint import save as module
+    from pretrain.errors import WeftError
+    from pretrain.parallel.groups import stop_ranks
+
+    module.APPEARS = 0.5
+    _, saver, ranks = start(world, run / str(rank))
+    told = ""
+    saver.save(2)
+    try:
+        saver.finish()
+    except WeftError as error:
+        told = str(error)
+    stop_ranks(ranks)
+    return told
+
+
+def test_what_lies_in_two_folders_is_no_checkpoint(tmp_path: Path) -> None:
+    first, second = run_ranks(save_into_two_folders, 2, tmp_path)
+    for told in (first, second):
+        assert "step 2 could not be saved" in told
+        assert "-00002-of-00002.safetensors, which rank 1 has written, is not in" in told
+        assert "run.dir" in told
+    assert complete_steps(tmp_path / "0" / "checkpoints") == []
+
+
 def save_many(rank: int, world: int, run: Path) -> None:
     from pretrain.parallel.groups import stop_ranks
 
