@@ -24,7 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pretrain.data_commands import data
-from pretrain.errors import RequestError, WeftError
+from pretrain.errors import MemoryFullError, RequestError, WeftError, is_memory_full
 
 weft = typer.Typer(
     name="weft",
@@ -369,11 +369,15 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(sentence, 2) if sentence else 2  # a bare `weft` has been answered with its help
     except (typer.Abort, KeyboardInterrupt):
         return _fail("interrupted", 130)
+    except MemoryFullError as error:
+        return _fail(str(error), error.exit_code, error.lasting)
     except WeftError as error:
         return _fail(str(error), error.exit_code)
     except FileNotFoundError as error:
         return _fail(_sentence(error), 2)
     except OSError as error:
+        if is_memory_full(error):
+            return _fail(_memory_full(error), 1)
         sentence = _sentence(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT) and not sentence.startswith("the disk is full"):
             sentence = f"the disk is full ({sentence}): make room and give the same command again"
@@ -383,7 +387,9 @@ def main(arguments: list[str] | None = None) -> int:
 
         bad_data = isinstance(error, DataError)
         return _fail(str(error), 1 if bad_data else 2, lasting=bad_data)  # a library's own may be one peer's end
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        if is_memory_full(error):
+            return _fail(_memory_full(error), 1)
         if not any(sign in str(error) for sign in LOST_PEER):
             raise
         return _fail("the connection to another rank was lost: see what that rank says, and why it ended", 1, False)
@@ -451,6 +457,13 @@ def _sentence(error: OSError) -> str:
     if error.filename is not None:
         return f"{error.filename}: {(error.strerror or str(error)).lower()}"
     return str(error.args[-1]) if error.args else str(error)
+
+
+def _memory_full(error: Exception) -> str:
+    told = (_sentence(error) if isinstance(error, OSError) else str(error)).partition("\n")[0]
+    return (
+        f"the memory is full{f' ({told})' if told else ''}: use a smaller batch or model, or a machine with more memory"
+    )
 
 
 def _short(value: Any) -> str:

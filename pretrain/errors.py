@@ -4,6 +4,20 @@ The command line prints the sentence and leaves with `exit_code`: 2 when the req
 missing file), 1 when the thing asked about is bad (a checkpoint that does not verify, a run that cannot go on).
 """
 
+from __future__ import annotations
+
+import errno
+
+# What torch, CUDA's libraries and C++ say when there is no memory left, on the host or on a card
+NO_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "cublas_status_alloc_failed",
+    "bad_alloc",
+)
+
 
 class WeftError(Exception):
     """A sentence for the user, and the exit code that goes with it."""
@@ -15,3 +29,20 @@ class RequestError(WeftError, ValueError):
     """The request is wrong: a bad key or value, a missing file, a layout that cannot be right."""
 
     exit_code = 2
+
+
+class MemoryFullError(WeftError):
+    """The memory is full; `lasting`: it would be at another attempt too."""
+
+    def __init__(self, sentence: str, lasting: bool = True) -> None:
+        super().__init__(sentence)
+        self.lasting = lasting
+
+
+def is_memory_full(error: BaseException) -> bool:
+    """Whether an error says that the memory of the host or of a card is full."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, of a card
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in NO_MEMORY)

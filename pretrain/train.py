@@ -27,7 +27,7 @@ from pretrain.checkpoint.load import load_warm_start, restore_checkpoint, whole_
 from pretrain.checkpoint.save import Saver
 from pretrain.checkpoint.warm_start import WarmStart, find_warm_start
 from pretrain.config import Recipe
-from pretrain.errors import WeftError
+from pretrain.errors import MemoryFullError, WeftError, is_memory_full
 from pretrain.evaluations import Evaluations
 from pretrain.flops import peak_tflops, training_flops_per_sample
 from pretrain.guard import Guard
@@ -48,7 +48,7 @@ from pretrain.schedule import learning_rate
 from pretrain.signals import Interruptible, StopAskedError, stop_on_signal
 from pretrain.sources import picture_aspects, reading_order, samples_read, shapes_of
 from pretrain.tokenizer import tokenizer_of
-from pretrain.watchdog import Watchdog, collective_timeout
+from pretrain.watchdog import Phase, Watchdog, collective_timeout
 
 
 def train(recipe: Recipe, command: str) -> int:
@@ -84,9 +84,11 @@ def _with_ranks(
     with Watchdog(recipe.run.dir, ranks, checkpoint.step if checkpoint else 0, limit) as watchdog:
         try:
             code = _train(recipe, command, layout, dataset, test, checkpoint, ranks, watchdog)
-        except BaseException:
+        except BaseException as error:
             with suppress(ValueError, RuntimeError):  # groups with a rank that is gone: that error is the one to tell
                 stop_ranks(ranks)
+            if is_memory_full(error):
+                raise _memory_full(*watchdog.place, checkpoint.step if checkpoint else 0) from error
             raise
         stop_ranks(ranks)
         return code
@@ -283,6 +285,18 @@ def _given_tokenizer(recipe: Recipe, checkpoint: Checkpoint | None, warm: WarmSt
     if warm and warm.brings_tokenizer and not recipe.data.tokenizer:
         return warm.checkpoint.path / TOKENIZER
     return None
+
+
+def _memory_full(phase: Phase, step: int, start: int) -> MemoryFullError:
+    """The sentence about a run that began at step `start`. What was too much at its first step will be again."""
+    way_out = {
+        "start": "use a smaller model, more ranks, or layout.auto=true",
+        "data": "use a smaller train.global_batch, fewer data.workers, or more ranks",
+        "evaluate": "use a smaller eval.batch",
+        "save": "use more ranks, or a machine with more memory",
+    }.get(phase, "use a smaller train.micro_batch, layout.recompute=full, or layout.auto=true")
+    where = "while the model was made" if phase == "start" else f"in step {step} (`{phase}`)"
+    return MemoryFullError(f"the memory is full {where}: {way_out}", lasting=step <= start + 1)
 
 
 def _refuse_diverged(run: Path, step: int, engine: Engine, guard: Guard, evaluations: Evaluations) -> None:

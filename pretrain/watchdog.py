@@ -89,6 +89,11 @@ class Watchdog:
         """Mark that this rank now begins `name` of `step` (counted from 1)."""
         self._mark = (name, step, time.monotonic())
 
+    @property
+    def place(self) -> tuple[Phase, int]:
+        """The phase and the step that were marked last."""
+        return self._mark[:2]
+
     def __enter__(self) -> Watchdog:
         if self._limit:
             self._thread.start()

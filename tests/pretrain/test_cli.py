@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from data_pipeline import DataError
 from data_pipeline.scenes.synth import synthesise
@@ -18,6 +19,7 @@ from pretrain.cli import main
 from pretrain.config import Recipe, builtin_recipes, load_recipe
 from pretrain.errors import RequestError, WeftError
 
+NO_MEMORY = "use a smaller batch or model, or a machine with more memory"
 COMMANDS = ["train", "config", "eval", "report", "checkpoint", "checkpoint show", "checkpoint verify", "data", "bench"]
 
 
@@ -198,6 +200,18 @@ def test_a_rank_says_its_error_where_nobody_says_it_for_it(
             OSError(errno.EDQUOT, "Disk quota exceeded"),
             1,
             "the disk is full (Disk quota exceeded): make room and give the same command again",
+        ),
+        (MemoryError(), 1, f"the memory is full: {NO_MEMORY}"),
+        (
+            OSError(errno.ENOMEM, "Cannot allocate memory"),
+            1,
+            f"the memory is full (Cannot allocate memory): {NO_MEMORY}",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory"), 1, f"the memory is full (CUDA out of memory): {NO_MEMORY}"),
+        (
+            RuntimeError("CUDA error: out of memory\nx"),
+            1,
+            f"the memory is full (CUDA error: out of memory): {NO_MEMORY}",
         ),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",

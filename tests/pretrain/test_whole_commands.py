@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from data_pipeline.scenes.synth import synthesise
 from pretrain.cli import main
+from pretrain.parallel.engine import Engine
 
 TINY = [
     "model.vision.image_size=32",
@@ -94,3 +96,29 @@ def test_a_second_run_in_the_folder_is_refused(data: Path, tmp_path: Path, capsy
             assert len(said.splitlines()) == 1
         finally:
             first.kill()
+
+
+def test_memory_that_is_full_is_one_sentence(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tower = "model.vision.mlp_ratio=1e12"  # petabytes, more than there are addresses
+    assert main(training(data, tmp_path / "large", "dual encoder", tower)) == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("weft: the memory is full while the model was made: use ")
+
+    step, words = Engine.step, tmp_path / "words"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(words))
+    for full_at in (1, 2):
+        steps = iter(range(1, 9))
+
+        def full(self: Engine, *its: object) -> object:
+            if next(steps) == full_at:  # noqa: B023 (called in this turn of the loop)
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return step(self, *its)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(Engine, "step", full)
+        assert main(training(data, tmp_path / f"step-{full_at}")) == 1
+        told = capsys.readouterr().err.splitlines()[-1]
+        assert told.startswith(f"weft: the memory is full in step {full_at} (`forward and backward`): use a smaller ")
+        assert "train.micro_batch" in told
+        assert json.loads(words.read_text())["lasting"] == (full_at == 1), "a launcher starts a later one again"
