@@ -21,7 +21,8 @@ import sys
 import threading
 import time
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -30,7 +31,7 @@ from typing import IO
 from data_pipeline.index import written_whole
 from data_pipeline.process import started
 from data_pipeline.strict_json import read_json
-from pretrain.errors import WeftError
+from pretrain.errors import RequestError, WeftError
 
 LOCK, OWNER = ".lock", ".owner.json"
 BEAT = 5.0  # seconds between two beats
@@ -69,7 +70,8 @@ class Owner:
     def read(cls, run: Path) -> Owner | None:
         """The owner that a run folder names; None where there is none, or nothing that can be read."""
         with suppress(OSError, ValueError, TypeError):
-            return cls(**read_json((run / OWNER).read_text(encoding="utf-8")))
+            if (run / OWNER).is_file():  # nobody may ever write to a pipe
+                return cls(**read_json((run / OWNER).read_text(encoding="utf-8")))
         return None
 
     @property
@@ -99,8 +101,10 @@ class RunLock:
         self._thread = threading.Thread(target=self._beat, name="run-lock", daemon=True)
 
     def __enter__(self) -> RunLock:
-        self._run.mkdir(parents=True, exist_ok=True)
-        self._file = (self._run / LOCK).open("a")
+        with _told_of_the_folder(self._run):
+            self._run.mkdir(parents=True, exist_ok=True)
+            _refuse_unusable_checkpoints(self._run)
+            self._file = _open(self._run / LOCK, "a")
         end, said = time.monotonic() + PREDECESSOR, False
         try:
             while (owner := self._other()) is not None:
@@ -114,7 +118,8 @@ class RunLock:
                         f"{owner}, which this job was before it was queued again, still trains in {self._run}: waiting"
                     )
                 time.sleep(1)
-            self._me.write(self._run)
+            with _told_of_the_folder(self._run):
+                self._me.write(self._run)
         except BaseException:
             self._file.close()
             raise
@@ -169,7 +174,7 @@ class RunLock:
 def refuse_if_held(run: Path) -> None:
     """WeftError when another process of this or another machine surely trains in a run folder; writes nothing."""
     try:
-        with (run / LOCK).open("r+") as file:
+        with _open(run / LOCK, "r+") as file:
             free = _take(file)
     except OSError:
         return  # no folder yet, or one that cannot be written to: told by who writes
@@ -188,6 +193,38 @@ _UNKNOWN = Owner("", 0, "", "", "")
 def _refusal(owner: Owner, run: Path) -> WeftError:
     who = str(owner) if owner.process else "another process"
     return WeftError(f"{who} trains in {run}: wait until it has ended, stop it, or give another run.dir")
+
+
+@contextmanager
+def _told_of_the_folder(run: Path) -> Iterator[None]:
+    """RequestError that names run.dir, and not a file that nobody has asked for, where nothing can be written there."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        why = (error.strerror or str(error)).lower()
+        raise RequestError(
+            f"run.dir is {run}, and nothing can be written there ({why}): give another run.dir"
+        ) from error
+
+
+def _refuse_unusable_checkpoints(run: Path) -> None:
+    """RequestError where the first checkpoint would find that it cannot be written."""
+    folder = run / "checkpoints"
+    if not os.path.lexists(folder):
+        return
+    if not folder.is_dir():
+        raise RequestError(f"{folder} is no folder: move it elsewhere, or give another run.dir")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise RequestError(f"{folder} cannot be written: change its permissions, or give another run.dir")
+
+
+def _open(path: Path, mode: str) -> IO[str]:
+    """The file of the lock; RequestError for what is no plain file: to open a pipe takes until another opens it too."""
+    if path.exists() and not path.is_file():
+        raise RequestError(f"{path} is no plain file, and no lock: remove it, or give another run.dir")
+    return path.open(mode)
 
 
 def _take(file: IO[str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import psutil
 import pytest
 
 from pretrain import run_lock
-from pretrain.errors import WeftError
+from pretrain.errors import RequestError, WeftError
 from pretrain.run_lock import LOCK, OWNER, Owner, RunLock, refuse_if_held
 
 HOLD = """
@@ -140,3 +141,54 @@ def test_a_job_that_was_queued_again_waits_for_its_predecessor(
     with RunLock(run):
         pass
     assert "queued again" in capsys.readouterr().err
+
+
+def no_plain_file(path: Path, kind: str) -> None:
+    path.parent.mkdir()
+    os.mkfifo(path) if kind == "pipe" else path.mkdir()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_a_lock_that_is_no_plain_file_is_refused_without_waiting(tmp_path: Path, kind: str) -> None:
+    no_plain_file(tmp_path / "run" / LOCK, kind)
+    for hold in (refuse_if_held, lambda run: RunLock(run).__enter__()):
+        with pytest.raises(RequestError, match=rf"{LOCK} is no plain file"):
+            hold(tmp_path / "run")
+
+
+def test_a_record_that_is_a_pipe_is_nobody(tmp_path: Path) -> None:
+    no_plain_file(tmp_path / "run" / OWNER, "pipe")
+    refuse_if_held(tmp_path / "run")
+    with RunLock(tmp_path / "run"):
+        pass
+
+
+def test_checkpoints_that_could_not_be_written_are_found_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    for make in (checkpoints.touch, lambda: checkpoints.symlink_to(tmp_path / "gone")):
+        make()
+        with pytest.raises(RequestError, match="checkpoints is no folder"), RunLock(tmp_path):
+            pass
+        checkpoints.unlink()
+    checkpoints.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != checkpoints)
+    with pytest.raises(RequestError, match="checkpoints cannot be written"), RunLock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("write", ["mkdir", "open"])
+def test_a_run_folder_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: str
+) -> None:
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    lock = RunLock(tmp_path)
+    monkeypatch.setattr(Path, write, refuse)
+    with pytest.raises(RequestError) as caught, lock:
+        pass
+    assert str(caught.value) == (
+        f"run.dir is {tmp_path}, and nothing can be written there (read-only file system): give another run.dir"
+    )
