@@ -40,6 +40,8 @@ def launch(arguments: Sequence[str], ranks: int, again: Callable[[Sequence[End]]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     # when the job is told to stop, the ranks save before they leave; 30 s would not do for a large model
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup's, which torchrun's own handler would undo
+        os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
     os.environ[LAUNCHER] = str(os.getpid())
     try:
         attempt, asked = 0, ranks

@@ -14,12 +14,12 @@ import math
 import resource
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from data_pipeline.index import written_whole
 from data_pipeline.strict_json import read_json, strict_json
@@ -127,7 +127,6 @@ class ProgressLine:
 
     def __init__(self, steps: int, global_batch: int) -> None:
         self._steps, self._global_batch = steps, global_batch
-        self._console = Console(stderr=True, highlight=False)
         self._live = sys.stderr.isatty()
 
     def show(self, line: dict[str, Any]) -> None:
@@ -137,11 +136,15 @@ class ProgressLine:
             f"step {line['step']}/{self._steps}  loss {line['loss']:.4f}  {line['samples_per_s']:.0f} samples/s  "
             f"data wait {line['data_wait']:.0%}  ETA {duration(left)}"
         )
-        self._console.print(text, end="\r" if self._live else "\n", soft_wrap=True)
+        self._print(text, end="\r" if self._live else "\n")
 
     def say(self, text: str) -> None:
         """A sentence that stays."""
-        self._console.print(text + (" " * 40 if self._live else ""), soft_wrap=True, markup=False)
+        self._print(text + (" " * 40 if self._live else ""))
+
+    def _print(self, text: str, end: str = "\n") -> None:
+        with suppress(OSError):  # nobody reads it any more, as after a terminal was closed: the run goes on, or saves
+            print(text, end=end, file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

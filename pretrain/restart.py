@@ -59,7 +59,7 @@ class End:
         return f"rank {self.rank} {how}"
 
 
-_STOPS = {128 + signal.SIGINT, 128 + signal.SIGTERM}
+_STOPS = {128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
 
 def cause(ends: Sequence[End]) -> End:

@@ -1,4 +1,8 @@
-"""Being told to stop: SIGINT and SIGTERM are collected, and looked at between steps and within an evaluation."""
+"""Being told to stop: signals are collected, and looked at between steps and within an evaluation.
+
+SIGINT is Ctrl-C, SIGTERM a scheduler's or a launcher's, SIGHUP that of a terminal or a connection which was closed;
+nohup has the last ignored, and so it stays.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +16,12 @@ import torch
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.groups import Ranks, world_size
 
+STOPS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+
 
 @contextmanager
 def stop_on_signal() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of dying of them; a single process gives up at the second Ctrl-C."""
+    """Collects what tells a run to stop instead of dying of it; a single process gives up at the second Ctrl-C."""
     received: list[int] = []
 
     def note(number: int, _: object) -> None:
@@ -24,7 +30,8 @@ def stop_on_signal() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         received.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    stops = STOPS if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else STOPS - {signal.SIGHUP}
+    before = {number: signal.signal(number, note) for number in stops}
     try:
         yield received
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import sys
@@ -172,6 +173,17 @@ def test_the_progress_line_says_what_is_left(monkeypatch: pytest.MonkeyPatch) ->
         assert "step 10/60  loss 1.2346  12 samples/s  data wait 25%  ETA 1 min 40 s" in shown
         assert "[red]saved[/red] to [x]" in shown, "what a user names is no markup"
         assert ("\r" in shown) == live
+
+
+def test_a_terminal_that_was_closed_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(sys, "stderr", Closed())
+    progress = ProgressLine(60, 25)
+    progress.show(line(10))
+    progress.say("saved")
 
 
 def test_peak_memory_is_at_least_what_is_held() -> None:

@@ -18,6 +18,7 @@ from jobs import RECIPE, STEPS, Job
 
 from data_pipeline import Tokenizer
 from data_pipeline.scenes.synth import synthesise
+from pretrain import launch as launching
 from pretrain.cli import main
 from pretrain.config import Recipe, load_recipe
 from pretrain.launch import SAID, _report, _word, leave_word
@@ -45,6 +46,7 @@ AGAIN: dict[str, Any] = {"restarts_left": 3, "progressed": True, "smaller": [2, 
         End(1, 1, said="x.tar is damaged"),
         End(0, 128 + signal.SIGTERM),
         End(0, 128 + signal.SIGINT),
+        End(0, 128 + signal.SIGHUP),
         End(0, -signal.SIGTERM),  # told to stop before it could be clean about it
     ],
 )
@@ -272,3 +274,21 @@ def test_a_rank_that_is_told_to_stop_stops_the_job_for_good(data: Path, tmp_path
     assert newest_step(job.run) == job.losses[-1][0]
     assert len(job.starts) == 1
     assert "--nproc 2 --restarts 3" in job.told, "the command that goes on is the one that was given"
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.SIG_DFL])
+def test_what_nohup_ignores_stays_ignored(monkeypatch: pytest.MonkeyPatch, handler: signal.Handlers) -> None:
+    handled: list[bool] = []
+
+    def attempt(*_: object) -> list[End]:
+        handled.append("SIGHUP" in os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "all, SIGHUP too"))
+        return []
+
+    monkeypatch.setattr(launching, "_attempt", attempt)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        assert launching.launch(["train"], 2) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert handled == [handler == signal.SIG_DFL]

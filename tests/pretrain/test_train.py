@@ -21,6 +21,7 @@ from pretrain.config import load_recipe
 from pretrain.errors import RequestError, WeftError
 from pretrain.metrics import read_lines
 from pretrain.parallel.engine import Engine
+from pretrain.signals import stop_on_signal
 from pretrain.train import train
 
 TINY = [
@@ -82,22 +83,32 @@ def test_an_evaluation_that_fails_costs_no_step(
         assert steps(tmp_path / "run")[-1] == done
 
 
-@pytest.mark.parametrize("stop", [2, 6])
+@pytest.mark.parametrize(("stop", "number"), [(2, signal.SIGTERM), (6, signal.SIGTERM), (2, signal.SIGHUP)])
 def test_a_stop_signal_ends_an_evaluation_at_once(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int, number: signal.Signals
 ) -> None:
     encode = Engine.encode_image
 
     def told(self: Engine, image: torch.Tensor) -> torch.Tensor:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         return encode(self, image)
 
     monkeypatch.setattr(Engine, "encode_image", told)
     every = 2 if stop == 2 else 0
     run = tmp_path / "run"
-    assert go(data, run, f"data.test={data / 'test'}", f"eval.every={every}", "checkpoint.every=100") == 128 + 15
+    assert go(data, run, f"data.test={data / 'test'}", f"eval.every={every}", "checkpoint.every=100") == 128 + number
     assert steps(run) == [stop]
     assert read_lines(run / "evaluation.jsonl") == []
+
+
+def test_a_hang_up_that_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
+    try:
+        with stop_on_signal() as received:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert received == []
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_last_evaluation_that_is_missing_is_made_up_for(
