@@ -12,6 +12,7 @@ from pretrain.models.names import nearest_prefix, parameter_names
 from pretrain.parallel.layout import Layout, lay_out
 from pretrain.run_folder import checkpoint_to_resume
 from pretrain.sources import cache_of, open_training_data, reading_order, refuse_upscaling
+from pretrain.tokenizer import refuse_another_tokenizer
 
 
 def check(recipe: Recipe, world: int) -> tuple[Layout, Dataset | Joined, Dataset | None, Checkpoint | None]:
@@ -35,8 +36,8 @@ def check(recipe: Recipe, world: int) -> tuple[Layout, Dataset | Joined, Dataset
     if recipe.data.tokenizer and not recipe.data.tokenizer.is_file():
         raise RequestError(f"data.tokenizer is {recipe.data.tokenizer}, and there is no such file")
     checkpoint = checkpoint_to_resume(recipe, dataset.fingerprint)
-    if checkpoint is None:
-        find_warm_start(recipe)
+    warm = None if checkpoint else find_warm_start(recipe)
+    refuse_another_tokenizer(recipe, checkpoint, warm)
     return layout, dataset, test, checkpoint
 
 

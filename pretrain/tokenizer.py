@@ -11,6 +11,8 @@ from pathlib import Path
 from data_pipeline import Dataset, Joined, Tokenizer
 from data_pipeline.damage import opened
 from data_pipeline.errors import DamagedSampleError, DataError
+from pretrain.checkpoint.format import TOKENIZER, Checkpoint, file_problem
+from pretrain.checkpoint.warm_start import WarmStart
 from pretrain.config import Recipe
 from pretrain.errors import RequestError
 from pretrain.parallel.first import from_first
@@ -20,6 +22,30 @@ CAPTIONS_FOR_TOKENIZER = 200_000
 # a row of the token table learns from the captions that hold its id: 4,096 ids gain two points of recall where there
 # are 7,000 captions, and cost as much where there are 700 (README)
 CAPTIONS_AN_ID, LEAST_IDS = 1.5, 1024
+
+
+def given_tokenizer(checkpoint: Checkpoint | None, warm: WarmStart | None) -> Path | None:
+    """The tokenizer of the checkpoint that a run resumes from, or of the one whose token table it begins with."""
+    source = _source(checkpoint, warm)
+    return source.path / TOKENIZER if source else None
+
+
+def refuse_another_tokenizer(recipe: Recipe, checkpoint: Checkpoint | None, warm: WarmStart | None) -> None:
+    """RequestError where data.tokenizer is not, in content, the one that the weights' token table was trained with."""
+    mine, source = recipe.data.tokenizer, _source(checkpoint, warm)
+    if mine is None or source is None or file_problem(source, TOKENIZER):
+        return  # a damaged one is told where all files of the checkpoint are read
+    if Tokenizer.load(mine).to_json() == Tokenizer.load(source.path / TOKENIZER).to_json():
+        return
+    if checkpoint:
+        way_out = "give that one, or leave data.tokenizer out; another needs another run.dir"
+    else:
+        way_out = "leave data.tokenizer out, or take over a part without tokens, such as train.init_only=[vision.]"
+    raise RequestError(f"data.tokenizer is {mine}, but {source.path} was trained with another tokenizer: {way_out}")
+
+
+def _source(checkpoint: Checkpoint | None, warm: WarmStart | None) -> Checkpoint | None:
+    return checkpoint or (warm.checkpoint if warm and warm.brings_tokenizer else None)
 
 
 def tokenizer_of(

@@ -22,10 +22,10 @@ from data_pipeline.fork_server import start_server
 from pretrain import run_folder
 from pretrain.agreement import refuse_different_ranks
 from pretrain.certificate import Certificate
-from pretrain.checkpoint.format import TOKENIZER, Checkpoint, step_folder
+from pretrain.checkpoint.format import Checkpoint, step_folder
 from pretrain.checkpoint.load import load_warm_start, restore_checkpoint, whole_checkpoint
 from pretrain.checkpoint.save import Saver
-from pretrain.checkpoint.warm_start import WarmStart, find_warm_start
+from pretrain.checkpoint.warm_start import find_warm_start
 from pretrain.config import Recipe
 from pretrain.errors import MemoryFullError, WeftError, is_memory_full
 from pretrain.evaluations import Evaluations
@@ -47,7 +47,7 @@ from pretrain.run_lock import RunLock, refuse_if_held
 from pretrain.schedule import learning_rate
 from pretrain.signals import Interruptible, StopAskedError, stop_on_signal
 from pretrain.sources import picture_aspects, reading_order, samples_read, shapes_of
-from pretrain.tokenizer import tokenizer_of
+from pretrain.tokenizer import given_tokenizer, tokenizer_of
 from pretrain.watchdog import Phase, Watchdog, collective_timeout
 
 
@@ -128,7 +128,7 @@ def _train(
     if start < stop:
         record = warm.record() if warm else None
         from_first(lambda: run_folder.begin(recipe, layout, dataset.fingerprint, start, record), ranks)
-    tokenizer = tokenizer_of(recipe, dataset, _given_tokenizer(recipe, checkpoint, warm), ranks)
+    tokenizer = tokenizer_of(recipe, dataset, given_tokenizer(checkpoint, warm), ranks)
 
     model = build_model(recipe, layout, ranks)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -276,15 +276,6 @@ def _train(
             line.say(damaged)
         line.say(f"trained to step {stop} in {duration(time.perf_counter() - clock.began)}: {step_folder(run, stop)}")
     return 0
-
-
-def _given_tokenizer(recipe: Recipe, checkpoint: Checkpoint | None, warm: WarmStart | None) -> Path | None:
-    """The tokenizer of the checkpoint that a run resumes from; else of the one whose token table it begins with."""
-    if checkpoint:
-        return checkpoint.path / TOKENIZER
-    if warm and warm.brings_tokenizer and not recipe.data.tokenizer:
-        return warm.checkpoint.path / TOKENIZER
-    return None
 
 
 def _memory_full(phase: Phase, step: int, start: int) -> MemoryFullError:

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from pretrain.checkpoint.format import Checkpoint, describe
-from pretrain.config import Recipe
+from pretrain.config import Recipe, recipe_of
 from pretrain.errors import RequestError, WeftError
 
 TOKEN_TABLE = "tokens.weight"
+# Settings of attention by the beginning of its weights' names. Shapes do not show them: the rows of linear_qkv are in
+# order of the heads. An image of another size changes no meaning, for its fixed positions count on.
+ATTENTION = ".self_attention."
+UNSEEN = {"vision.": ("vision.heads",), "text.": ("text.heads", "text.causal"), "decoder.": ("text.heads",)}
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,24 @@ def find_warm_start(recipe: Recipe) -> WarmStart | None:
                 f"train.init_only: no parameter of {found.checkpoint.path} begins with {prefix!r}"
                 f"{_nearest(prefix, list(found.checkpoint.parameters))}"
             )
+    _refuse_another_meaning(found, recipe)
     return found
+
+
+def _refuse_another_meaning(warm: WarmStart, recipe: Recipe) -> None:
+    """RequestError for weights that fit in shape only; that all shapes fit is seen when they are loaded."""
+    theirs = recipe_of(warm.checkpoint.recipe, str(warm.checkpoint.path))
+    keys = ["kind"]
+    for part, settings in UNSEEN.items():
+        if any(name.startswith(part) and ATTENTION in name for name in warm.names):
+            keys += settings
+    values = {key: tuple(attrgetter(key)(each.model) for each in (theirs, recipe)) for key in keys}
+    wrong = [f"model.{key}={there} there, {here} here" for key, (there, here) in values.items() if there != here]
+    if wrong:
+        raise RequestError(
+            f"train.init_from: the weights of {warm.checkpoint.path} are of another model ({'; '.join(wrong)}): use "
+            "the model of that checkpoint, or take over a part of it, such as train.init_only=[vision.]"
+        )
 
 
 def _nearest(prefix: str, names: list[str]) -> str:

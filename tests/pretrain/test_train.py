@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data_pipeline import DataError
+from data_pipeline import DataError, Tokenizer
 from data_pipeline.scenes.synth import synthesise
 from pretrain.certificate import compare_orders
 from pretrain.checkpoint.format import LATEST, complete_steps, describe, find_checkpoint
+from pretrain.checkpoint.warm_start import find_warm_start
 from pretrain.config import load_recipe
 from pretrain.errors import RequestError, WeftError
 from pretrain.metrics import read_lines
@@ -234,6 +235,8 @@ def test_a_tower_is_taken_over_and_frozen(data: Path, finished: Path, tmp_path: 
         (["model.vision.layers=2"], r"vision\.block\.layers\.1.* is missing in .*more\).*init_only"),
         (["train.init_only=[visual.]"], r"begins with 'visual\.' \(did you mean 'vision\.'\?\)"),
         (["train.init_from=nowhere"], "train.init_from: no checkpoint at nowhere"),
+        (["model.text.heads=4"], r"of another model \(model\.text\.heads=2 there, 4 here\).*init_only"),
+        (["model.text.causal=false", "train.init_only=[text.]"], r"model\.text\.causal=True there, False here"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(
@@ -242,6 +245,37 @@ def test_what_does_not_fit_is_refused_by_name(
     with pytest.raises(RequestError, match=said):
         go(data, tmp_path / "run", f"train.init_from={finished}", *more)
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_weights_of_another_kind_of_model_are_refused_by_it(finished: Path) -> None:
+    more = ["model.kind=captioner", "objectives=[{name: caption}]", f"train.init_from={finished}"]
+    with pytest.raises(RequestError, match=r"model\.kind=dual there, captioner here"):
+        find_warm_start(load_recipe("quickstart", more))
+
+
+def test_a_part_that_is_not_taken_may_have_other_heads_and_tokens(data: Path, finished: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.json"
+    Tokenizer.train(["something else"], 260).save(other)
+    more = ["train.init_only=[vision., text.positions]", "model.text.heads=4", f"data.tokenizer={other}"]
+    assert go(data, tmp_path / "run", f"train.init_from={finished}", *more, "train.steps=2") == 0
+    assert (tmp_path / "run" / "tokenizer.json").read_text() == other.read_text()
+
+
+def test_another_tokenizer_than_the_token_table_s_is_refused(data: Path, finished: Path, tmp_path: Path) -> None:
+    other, same = tmp_path / "other.json", tmp_path / "same.json"
+    Tokenizer.train(["something else"], 260).save(other)
+    same.write_text(json.dumps(json.loads((finished / "tokenizer.json").read_text()), indent=3))
+    warm = [f"train.init_from={finished}", "train.steps=4", "train.stop_at=2"]
+    with pytest.raises(
+        RequestError, match=rf"data\.tokenizer is {other}, but .*/finished/.* another tokenizer.*init_only"
+    ):
+        go(data, tmp_path / "run", *warm, f"data.tokenizer={other}")
+    assert go(data, tmp_path / "run", *warm, f"data.tokenizer={same}") == 0
+    config = (tmp_path / "run" / "config.yaml").read_text()
+    with pytest.raises(RequestError, match=rf"data\.tokenizer is {other}, but .*/run/.* another tokenizer.*run\.dir"):
+        go(data, tmp_path / "run", *warm[:-1], f"data.tokenizer={other}")
+    assert (tmp_path / "run" / "config.yaml").read_text() == config
+    assert go(data, tmp_path / "run", *warm[:-1], f"data.tokenizer={same.rename(tmp_path / 'moved.json')}") == 0
 
 
 def test_a_part_of_nothing_is_refused(data: Path, tmp_path: Path) -> None:
