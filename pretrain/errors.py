@@ -39,6 +39,15 @@ class MemoryFullError(WeftError):
         self.lasting = lasting
 
 
+class DivergedError(WeftError):
+    """A run ended because its last steps went wrong, or because its model is of no use; the manifest keeps why."""
+
+    def __init__(self, sentence: str, step: int = 0, why: str = "", good: str | None = None) -> None:
+        super().__init__(sentence)
+        self.step, self.why = step, why
+        self.good = good  # the name of a checkpoint that is worth beginning with, where one is known
+
+
 def is_memory_full(error: BaseException) -> bool:
     """Whether an error says that the memory of the host or of a card is full."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, of a card

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint.format import newest_first, newest_of, step_folder
-from pretrain.errors import WeftError
+from pretrain.errors import DivergedError
 from pretrain.parallel.engine import Stepped
 from pretrain.sections import Train
 
@@ -66,7 +66,7 @@ class Guard:
         return self._in_a_row == 0
 
     def judge(self, stepped: Stepped, step: int, settle: Callable[[], None] = lambda: None) -> None:
-        """Count; WeftError when more than `train.max_skipped` steps in a row changed nothing.
+        """Count; DivergedError when more than `train.max_skipped` steps in a row changed nothing.
 
         `settle` is called before: what is being saved is there when the message says what can be done.
         """
@@ -79,12 +79,14 @@ class Guard:
         self._not_finite += not self._spiked(stepped)
         if self._in_a_row > self._settings.max_skipped:
             settle()
-            raise WeftError(f"{self._what_happened(stepped, step)}; {self._what_can_be_done(stepped, step)}")
+            why, good = self._what_happened(stepped), self._last_good(stepped, step)
+            sentence = f"step {step}: {why}; {self._what_can_be_done(stepped, good)}"
+            raise DivergedError(sentence, step, why, good.name if good else None)
 
     def _spiked(self, stepped: Stepped) -> bool:
         return math.isfinite(stepped.loss) and stepped.loss > self.loss_limit
 
-    def _what_happened(self, stepped: Stepped, step: int) -> str:
+    def _what_happened(self, stepped: Stepped) -> str:
         if self._spiked(stepped):
             why = (
                 f"the loss, {stepped.loss:.4g}, is above train.spike={self._settings.spike:g} times the median of "
@@ -93,20 +95,16 @@ class Guard:
         else:
             why = f"the loss is {stepped.loss:.4g} and the gradient norm {stepped.grad_norm:.4g}"
         skipped = f"the last {self._in_a_row} steps were" if self._in_a_row > 1 else "the step was"
-        return f"step {step}: {why}; {skipped} skipped, more than train.max_skipped={self._settings.max_skipped}"
+        return f"{why}; {skipped} skipped, more than train.max_skipped={self._settings.max_skipped}"
 
-    def _what_can_be_done(self, stepped: Stepped, step: int) -> str:
+    def _what_can_be_done(self, stepped: Stepped, good: Path | None) -> str:
         change = "a larger train.spike" if self._spiked(stepped) else "a lower train.lr or a longer train.warmup"
-        checkpoint = self._last_good(stepped, step)
-        if checkpoint is not None:
-            new = f"run.dir=OTHER train.init_from={checkpoint}"
-            return f"start a new run from the last good checkpoint, with {change}: {new}"
+        if good is not None:
+            return f"start a new run from the last good checkpoint, with {change}: run.dir=OTHER train.init_from={good}"
+        again = f"there is no good checkpoint from before: start again in another run.dir with {change}"
         if self._settings.init_from is not None and not math.isfinite(stepped.loss):
-            return (
-                f"there is no checkpoint from before: start again with {change}, or from other weights than "
-                f"train.init_from={self._settings.init_from}"
-            )
-        return f"there is no checkpoint from before: start again with {change}"
+            return f"{again}, or from other weights than train.init_from={self._settings.init_from}"
+        return again
 
     def _last_good(self, stepped: Stepped, step: int) -> Path | None:
         """The newest checkpoint, but none of the weights whose loss is not finite; None when there is none."""

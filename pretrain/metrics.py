@@ -23,6 +23,8 @@ import torch
 
 from data_pipeline.index import written_whole
 from data_pipeline.strict_json import read_json, strict_json
+from pretrain.errors import DivergedError
+from pretrain.run_folder import record_divergence
 
 METRICS, EVALUATION, EXAMPLES = "metrics.jsonl", "evaluation.jsonl", "examples.json"
 WAITING = 0.2  # share of the time: to wait more than that is worth a hint
@@ -37,6 +39,7 @@ class RunLog:
         _cut_back(run / METRICS, resumed_step)
         if _cut_back(run / EVALUATION, resumed_step) or not resumed_step:
             (run / EXAMPLES).unlink(missing_ok=True)  # they are of an evaluation that no longer counts
+        self._run = run
         self._metrics = (run / METRICS).open("a", encoding="utf-8")
         self._evaluation = (run / EVALUATION).open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_step + 1)
@@ -63,6 +66,8 @@ class RunLog:
         self._metrics.close()
         self._evaluation.close()
         self._board.close()
+        if isinstance(error, DivergedError):
+            record_divergence(self._run, error)
 
 
 class Clock:

@@ -32,6 +32,8 @@ from pretrain.quarantine import QUARANTINE
 from pretrain.report_plots import STYLE as PLOT_STYLE
 from pretrain.report_plots import Curve, Figure, number_text, smoothed
 from pretrain.report_record import RunRecord, Task, Tree, number, read_run
+from pretrain.report_style import STYLE
+from pretrain.run_folder import divergence
 
 NO_BETTER = 0.98  # of the loss of guessing: a loss above it has taught nothing worth the name
 MOST_ROWS = 200  # of unusable samples
@@ -60,15 +62,24 @@ def write_report(run: Path, out: Path) -> Path:
 def _verdict(record: RunRecord) -> str:
     """How the run stands and whether it learnt anything, in sentences."""
     done, goal, steps = record.done, record.goal, record.recipe.train.steps
-    if not done:
+    diverged = divergence(record.manifest)
+    if not done and not diverged:
         return "No step is logged yet."
-    if done < goal:
+    if diverged:
+        says = [f"<b>Diverged</b> at step {_escaped(diverged.get('step'))}: {_escaped(diverged.get('why'))}."]
+        good = diverged.get("good")
+        says += [f"Its last good checkpoint is {_escaped(good)}."] if good else []
+    elif done < goal:
         says = [f"<b>Interrupted, or still running</b>: step {done:,} of {goal:,} is the last that is logged."]
         newest = record.newest_checkpoint
         says.append(f"It can go on from step {newest:,}." if newest else "There is no checkpoint to go on from.")
     else:
         asked = f" as train.stop_at asks; its schedule has {steps:,}" if goal < steps else ""
         says = [f"<b>Finished</b>: trained to step {done:,}{asked}."]
+    if record.loss_is_not_finite and not diverged:
+        says.append("The last logged loss is not finite.")
+    if skipped := int(record.last("skipped") or 0):
+        says.append(f"{_count(skipped, 'step')} changed nothing and {'was' if skipped == 1 else 'were'} skipped.")
     loss, guess = record.last("loss"), record.guessed_loss()
     if loss is not None and guess is not None and loss > NO_BETTER * guess:
         says.append(f"Its loss, {number_text(loss)}, is no better than guessing.")
@@ -87,12 +98,13 @@ def _tiles(record: RunRecord) -> str:
     done, seconds = record.done, record.seconds()
     samples, epoch, loss = record.last("samples"), record.last("epoch"), record.last("loss")
     guess, restarts = _guessing(record.guessed_loss()), len(record.starts) - 1
+    shown_loss = "not finite" if record.loss_is_not_finite else _text(loss)
     since = "to the last logged step" + (f", {_count(restarts, 'pause')} left out" if restarts > 0 else "")
     facts = [
         _tile("Steps", f"{done:,}", f"of {record.goal:,}", _meter(done / record.goal, None)),
         _tile("Samples", _text(samples), "" if epoch is None else f"{epoch:.2f} epochs"),
         _tile("Time", DASH if seconds is None else duration(seconds), since),
-        _tile("Final loss" if done >= record.goal else "Loss so far", _text(loss), "" if guess is None else guess[1]),
+        _tile("Final loss" if done >= record.goal else "Loss so far", shown_loss, "" if guess is None else guess[1]),
     ]
     html = f'<div class="tiles">{"".join(facts)}</div>'
     if not record.tasks:
@@ -386,82 +398,3 @@ def _date(time: float | None) -> str:
 
 def _count(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-STYLE = """
-header p b { color: var(--ink); font-weight: 600; }
-header p { max-width: 900px; font-size: 15px; }
-main { display: grid; gap: 16px; grid-template-columns: minmax(0, 1fr); }
-h2 { margin: 0 0 12px; font-size: 16px; font-weight: 650; }
-h3 { margin: 0; font-size: 13px; font-weight: 500; color: var(--soft); overflow-wrap: anywhere; unicode-bidi: isolate; }
-h3 i { font-weight: 400; }
-section, .tile { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 16px 18px; }
-.small { margin: 0; color: var(--soft); font-size: 12px; }
-section > .small { margin-bottom: 10px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 16px; }
-.tiles.wide { grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); }
-.big { margin: 0; font-size: 30px; line-height: 1.25; font-weight: 650; letter-spacing: -.01em; }
-.columns { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(0, 1fr); gap: 18px; margin-top: 8px; }
-.columns .big { font-size: 24px; white-space: nowrap; }
-.tiles.wide h3 { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 6px; }
-.pill { margin-left: auto; padding: 0 8px; border: 1px solid currentColor; border-radius: 99px; font-size: 12px; }
-.pill.above { color: var(--good); }
-.pill.at { color: var(--warm); }
-.pill.below { color: var(--bad); }
-.meter { position: relative; height: 5px; margin: 6px 0; border-radius: 3px; background: var(--well); }
-.meter b { position: absolute; inset: 0 auto 0 0; border-radius: 3px; background: var(--label); }
-.meter i { position: absolute; top: -3px; bottom: -3px; width: 2px; margin-left: -1px; background: var(--warm); }
-.facts { display: flex; flex-wrap: wrap; gap: 8px 32px; margin: 0 0 18px; }
-.facts dd { margin: 0; font-size: 18px; font-weight: 600; }
-.facts dt { color: var(--soft); font-size: 12px; }
-.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); gap: 24px 28px; }
-.figures.large, .queries { display: grid; grid-template-columns: minmax(0, 1fr); gap: 28px 40px; }
-@media (min-width: 860px) { .figures.large, .queries { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
-article h3 { color: var(--ink); font-size: 14px; font-weight: 600; }
-ol { list-style: none; margin: 8px 0 0; padding: 0; display: grid; grid-template-columns: repeat(5, minmax(0, 1fr));
-  gap: 8px; }
-li { border: 2px solid transparent; border-radius: 8px; background: var(--well); overflow: hidden; }
-li.right { border-color: var(--good); }
-li.right b { color: var(--good); }
-li img, li > .none { display: grid; place-items: center; width: 100%; aspect-ratio: 1; object-fit: contain; }
-li .small { margin: 5px 7px; }
-li .score { display: flex; flex-wrap: wrap; justify-content: space-between; }
-.caption { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 4; overflow: hidden;
-  line-height: 1.3; font-size: 11px; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: 5px 18px 5px 0; text-align: start; vertical-align: top; border-bottom: 1px solid var(--line); }
-th { color: var(--soft); font-size: 12px; font-weight: 500; }
-td { unicode-bidi: isolate; }
-.numbers td { white-space: nowrap; }
-.numbers td .bad { white-space: normal; }
-.prose td { max-width: 460px; overflow-wrap: break-word; }
-.prose td:first-child { white-space: nowrap; }
-.prose td:last-child { min-width: 220px; max-width: 900px; overflow-wrap: anywhere; }
-tr:last-child td { border-bottom: 0; }
-td .bad { padding: 0; }
-code { font: 12.5px ui-monospace, monospace; overflow-wrap: normal; }
-details { margin-top: 12px; }
-summary { cursor: pointer; color: var(--label); margin-bottom: 8px; }
-section h3 { margin: 14px 0 4px; }
-article h3 { margin: 0; }
-@media (min-width: 1000px) { .figures.large .plot text { font-size: 9px; } }
-@media (max-width: 560px) {
-  body { padding: 18px 12px 32px; }
-  section, .tile { padding: 12px; }
-  .tiles, .tiles.wide { gap: 10px; }
-  .tiles { grid-template-columns: 1fr 1fr; }
-  .tiles.wide { grid-template-columns: minmax(0, 1fr); }
-  .big { font-size: 24px; }
-  .columns { gap: 12px; }
-  .columns .big { font-size: 20px; }
-  ol { gap: 4px; }
-  .prose thead { display: none; }
-  .prose tr { display: block; padding: 7px 0; border-bottom: 1px solid var(--line); }
-  .prose tr:last-child { border-bottom: 0; }
-  .prose td, .prose td:last-child { display: block; max-width: none; min-width: 0; padding: 0; border: 0;
-    overflow-wrap: anywhere; }
-  .prose td[data-head]::before { content: attr(data-head) " "; color: var(--soft); font-size: 12px; }
-  .prose tr :first-child { font-weight: 600; }
-}
-"""

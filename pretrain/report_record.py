@@ -121,6 +121,11 @@ class RunRecord:
         """A number of the last logged step."""
         return number(self.steps[-1], name) if self.steps else None
 
+    @property
+    def loss_is_not_finite(self) -> bool:
+        """Whether that is what the null of the last logged step stands for."""
+        return bool(self.steps) and self.steps[-1].get("loss", 0) is None
+
     def series(self, name: str) -> list[tuple[float, float | None]]:
         """(step, number or None) of every logged step."""
         return [(number(line, "step") or 0.0, number(line, name)) for line in self.steps]

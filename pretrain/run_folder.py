@@ -23,7 +23,7 @@ from data_pipeline.index import written_whole
 from data_pipeline.strict_json import read_json
 from pretrain.checkpoint.format import Checkpoint, describe, description_problem, newest_first
 from pretrain.config import Recipe, load_recipe, recipe_of
-from pretrain.errors import RequestError, WeftError
+from pretrain.errors import DivergedError, RequestError, WeftError
 from pretrain.parallel.layout import Layout
 from pretrain.relevance import rules_of
 
@@ -109,8 +109,8 @@ def _refuse_another_run(checkpoint: Checkpoint, recipe: Recipe, data_fingerprint
     free = (*FREE, *(key for key, _ in rules_of(recipe)))  # what changes nothing may differ
     for key in sorted(theirs.keys() | mine.keys()):
         if theirs.get(key) != mine.get(key) and not key.startswith(free):
-            other = f"run.dir=OTHER train.init_from={run}"
-            warm = "" if key.startswith(("model.", "run.")) else f"; {other} starts a new run from its weights"
+            good = None if key.startswith(("model.", "run.")) else _good_weights(run)
+            warm = f"; run.dir=OTHER train.init_from={good} starts a new run from its weights" if good else ""
             raise RequestError(
                 f"{run} holds a run with {key}={theirs.get(key)}, and this recipe has {key}={mine.get(key)}: "
                 f"give another run.dir, or the same value{warm}"
@@ -155,6 +155,38 @@ def begin(
         "init_from": warm_start,
         "starts": starts,
     }
+    _write_manifest(path, manifest)
+
+
+def record_divergence(run: Path, error: DivergedError) -> None:
+    """Write into the manifest why the last start has ended; without one that is whole, nothing."""
+    path = run / "manifest.json"
+    with suppress(ValueError, LookupError, TypeError, OSError):  # the error itself is what is to be told
+        manifest = read_json(path.read_text(encoding="utf-8"))
+        manifest["starts"][-1]["diverged"] = {"step": error.step, "why": error.why, "good": error.good}
+        _write_manifest(path, manifest)
+
+
+def divergence(manifest: Any) -> dict[str, Any] | None:
+    """Why the last start of a run has ended, as `record_divergence` wrote it; None where it has not diverged."""
+    starts = manifest.get("starts") if isinstance(manifest, dict) else None
+    last = starts[-1] if isinstance(starts, list) and starts else None
+    found = last.get("diverged") if isinstance(last, dict) else None
+    return found if isinstance(found, dict) else None
+
+
+def _good_weights(run: Path) -> Path | None:
+    """What a new run may begin with: the run, or its last good checkpoint where it has diverged; None without one."""
+    manifest = None
+    with suppress(ValueError, OSError):
+        manifest = read_json((run / "manifest.json").read_text(encoding="utf-8"))
+    if (diverged := divergence(manifest)) is None:
+        return run
+    folder = run / "checkpoints" / str(diverged.get("good"))
+    return folder if folder.is_dir() else None
+
+
+def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
     with written_whole(path) as unfinished:
         unfinished.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 

@@ -27,7 +27,7 @@ from pretrain.checkpoint.load import load_warm_start, restore_checkpoint, whole_
 from pretrain.checkpoint.save import Saver
 from pretrain.checkpoint.warm_start import find_warm_start
 from pretrain.config import Recipe
-from pretrain.errors import MemoryFullError, WeftError, is_memory_full
+from pretrain.errors import DivergedError, MemoryFullError, WeftError, is_memory_full
 from pretrain.evaluations import Evaluations
 from pretrain.flops import peak_tflops, training_flops_per_sample
 from pretrain.guard import Guard
@@ -113,7 +113,7 @@ def _train(
     guard = Guard(settings, run, checkpoint.guard if checkpoint else None)
     if start >= stop and not evaluations.missing(start):
         if problem := guard.problem or evaluations.problem:
-            raise WeftError(_diverged(run, start, problem))
+            raise _diverged(run, start, problem)
         if ranks.is_first:
             line.say(
                 f"{run} is trained to step {start} of {settings.steps}: nothing to do; `weft eval {run}` scores it"
@@ -291,14 +291,16 @@ def _memory_full(phase: Phase, step: int, start: int) -> MemoryFullError:
 
 
 def _refuse_diverged(run: Path, step: int, engine: Engine, guard: Guard, evaluations: Evaluations) -> None:
-    """WeftError when a run ends with a model that is of no use; every rank calls this."""
+    """DivergedError when a run ends with a model that is of no use; every rank calls this."""
     problem = guard.problem or ("" if engine.parameters_are_finite() else "its parameters are not finite")
     if problem or evaluations.problem:
-        raise WeftError(_diverged(run, step, problem or evaluations.problem))
+        raise _diverged(run, step, problem or evaluations.problem)
 
 
-def _diverged(run: Path, step: int, problem: str) -> str:
-    return (
+def _diverged(run: Path, step: int, problem: str) -> DivergedError:
+    return DivergedError(
         f"{run} diverged: at step {step}, {problem}; start again in another run.dir with a lower train.lr or a longer "
-        "train.warmup, from the beginning or from an earlier checkpoint (train.init_from)"
+        "train.warmup, from the beginning or from an earlier checkpoint (train.init_from)",
+        step,
+        problem,
     )

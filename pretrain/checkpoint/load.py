@@ -92,7 +92,8 @@ def restore_checkpoint(engine: Engine, checkpoint: Checkpoint) -> None:
 def load_warm_start(engine: Engine, warm: WarmStart) -> None:
     """Put the weights into an engine under any layout; every rank calls this, and reads only what it keeps.
 
-    Raises RequestError, the same on every rank, for parameters that do not fit; WeftError for a damaged checkpoint.
+    Raises RequestError, the same on every rank, for parameters that do not fit or are not finite; WeftError for a
+    damaged checkpoint.
     """
     ranks = engine.ranks
     whole_checkpoint([warm.checkpoint], ranks, lambda _: None)
@@ -102,13 +103,22 @@ def load_warm_start(engine: Engine, warm: WarmStart) -> None:
         if not warm.only or name.startswith(warm.only)
     }
     _refuse_misfits({name: shape for each in ranks.of_all(mine) for name, shape in each.items()}, warm)
+    spoilt = []
     with _Reader(warm.checkpoint, ranks) as reader:
         for name, parameter in engine.named_parameters():
             if name not in mine:
                 continue
             axis, run = sharded_axis(parameter), own_run(engine, parameter)
-            set_own_numbers(engine, parameter, "weight", reader.read("weight", name, axis, run))
+            numbers = reader.read("weight", name, axis, run)
+            spoilt += [] if numbers.isfinite().all() else [name]
+            set_own_numbers(engine, parameter, "weight", numbers)
             set_model_weight(engine, parameter, reader.read("weight", name, axis, model_weight_run(engine, parameter)))
+
+    if found := [name for names in ranks.of_all(spoilt) for name in names]:
+        raise RequestError(
+            f"train.init_from: {found[0]} in {warm.checkpoint.path} has numbers that are not finite: begin with an "
+            "earlier checkpoint, or without train.init_from"
+        )
 
 
 def _refuse_misfits(mine: dict[str, list[int]], warm: WarmStart) -> None:

@@ -12,7 +12,7 @@ from layout_cases import made_up_batch, recipe_of
 from ranks import run_ranks
 
 from pretrain.checkpoint.format import step_folder
-from pretrain.errors import WeftError
+from pretrain.errors import DivergedError, WeftError
 from pretrain.guard import LEAST, Guard
 from pretrain.parallel.build import build_model
 from pretrain.parallel.engine import Engine, Stepped
@@ -103,16 +103,17 @@ def test_the_advice_is_a_checkpoint_whose_loss_is_finite(
     guard = Guard(Train(max_skipped=2), tmp_path)
     for step in range(1, bad_from + 2):
         guard.judge(stepped() if step < bad_from else stepped(loss, math.inf), step)
-    with pytest.raises(WeftError) as ended:
+    with pytest.raises(DivergedError) as ended:
         guard.judge(stepped(loss, math.inf), bad_from + 2)
     found = str(ended.value).partition("train.init_from=")[2]
     assert found == (str(step_folder(tmp_path, int(advice[-8:])).resolve()) if advice else "")
-    assert advice or "there is no checkpoint from before: start again with a lower train.lr" in str(ended.value)
+    assert advice or "no good checkpoint from before: start again in another run.dir with a lower" in str(ended.value)
+    assert ended.value.good == advice
 
 
 def test_weights_that_a_run_began_with_may_be_what_is_wrong() -> None:
     guard = Guard(Train(max_skipped=0, init_from=Path("runs/other")), RUN)
-    with pytest.raises(WeftError, match=r"start again with a lower train\.lr .*other weights than .*runs/other"):
+    with pytest.raises(WeftError, match=r"start again in another run\.dir with .*other weights than .*runs/other"):
         guard.judge(stepped(math.nan, math.nan), 1)
 
 

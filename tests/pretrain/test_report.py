@@ -210,6 +210,20 @@ def test_an_interrupted_and_resumed_run(tmp_path: Path) -> None:
     assert "|2 starts|" in page.section("Environment")
 
 
+def test_a_run_that_diverged_and_losses_that_are_not_finite(tmp_path: Path) -> None:
+    steps = [line(1), *(line(step, loss=None, skipped=step - 1) for step in (2, 3, 4))]
+    page = report(run_folder(tmp_path / "r", steps))
+    assert "The last logged loss is not finite. 3 steps changed nothing and were skipped." in page.text
+    assert "|Loss so far|not finite|" in page.text
+    diverged = {"step": 5, "why": "the loss is <nan>", "good": "step_00000001"}
+    manifest = {"starts": [{"step": 0, "time": START, "diverged": diverged}]}
+    page = report(run_folder(tmp_path / "r", steps, manifest=manifest))
+    assert "|Diverged|at step 5: the loss is <nan>. Its last good checkpoint is step_00000001. 3 steps" in page.text
+    assert "Interrupted" not in page.text
+    manifest["starts"].append({"step": 1, "time": START + 100})  # it was resumed
+    assert "|Interrupted, or still running|" in report(run_folder(tmp_path / "r", steps, manifest=manifest)).text
+
+
 def test_stopping_where_asked_is_no_interruption(tmp_path: Path) -> None:
     page = report(run_folder(tmp_path / "r", [line(15)], config=recipe(stop_at=15)))
     assert "|Finished|: trained to step 15 as train.stop_at asks; its schedule has 40." in page.text

@@ -11,17 +11,25 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from data_pipeline import DataError, Tokenizer
 from data_pipeline.scenes.synth import synthesise
 from pretrain.certificate import compare_orders
-from pretrain.checkpoint.format import LATEST, complete_steps, describe, find_checkpoint
+from pretrain.checkpoint.format import (
+    LATEST,
+    checksum_of,
+    checksum_of_description,
+    complete_steps,
+    describe,
+    find_checkpoint,
+)
 from pretrain.checkpoint.warm_start import find_warm_start
 from pretrain.config import load_recipe
 from pretrain.errors import RequestError, WeftError
 from pretrain.metrics import read_lines
 from pretrain.parallel.engine import Engine
+from pretrain.report import write_report
 from pretrain.signals import stop_on_signal
 from pretrain.train import train
 
@@ -294,9 +302,13 @@ def test_training_longer_is_told_the_way(data: Path, finished: Path) -> None:
 def test_after_a_divergence_the_advice_can_be_followed(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(WeftError, match=r"there is no checkpoint from before: start again with a lower train\.lr"):
-        go(data, tmp_path / "none", "train.lr=1e12", "train.warmup=0", "train.steps=40", "checkpoint.every=100")
-    assert go(data, tmp_path / "none", "train.steps=2") == 0, "which is what it says"
+    none, spoilt = tmp_path / "none", ["train.lr=1e12", "train.warmup=0", "train.steps=40"]
+    with pytest.raises(WeftError, match=r"no good checkpoint from before: start again in another run\.dir with a lo"):
+        go(data, none, *spoilt, "checkpoint.every=1")
+    assert steps(none) == [1], "its weights are finite, but no loss of theirs is"
+    with pytest.raises(RequestError, match=r"give another run\.dir, or the same value$"):
+        go(data, none, "train.steps=40")
+    assert "Diverged</b> at step 5: the loss is nan" in write_report(none, tmp_path / "report.html").read_text()
 
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -306,7 +318,25 @@ def test_after_a_divergence_the_advice_can_be_followed(
     advice = str(refused.value).rpartition("train.init_from=")[2]
     assert steps(run) == [3, 4], "skipped steps made no checkpoint"
     assert advice.endswith("step_00000003"), "the weights of step 4 give a loss that is not finite"
+    with pytest.raises(RequestError, match=r"run\.dir=OTHER train\.init_from=\S*/step_00000003 starts a new run"):
+        go(data, run, "train.steps=41", "checkpoint.every=1")
     assert go(data, tmp_path / "other", f"train.init_from={advice}", "train.steps=1", "train.warmup=0") == 0
+
+
+def test_weights_that_are_not_finite_are_refused_at_once(data: Path, finished: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(find_checkpoint(finished), source)
+    spoilt = weights(finished)
+    spoilt["text.projection.weight"][0, 0] = torch.nan
+    save_file(spoilt, source / "weight.safetensors")
+    tree = json.loads((source / "checkpoint.json").read_text())
+    tree["files"]["weight.safetensors"] = checksum_of(source / "weight.safetensors")
+    tree["checksum"] = checksum_of_description(tree)
+    (source / "checkpoint.json").write_text(json.dumps(tree))
+    more = [f"train.init_from={source}", "train.steps=2"]
+    with pytest.raises(RequestError, match=r"text\.projection\.weight in .* has numbers that are not finite"):
+        go(data, tmp_path / "run", *more)
+    assert go(data, tmp_path / "part", *more, "train.init_only=[vision.]") == 0
 
 
 def test_a_checkpoint_of_a_skipped_step_pushes_none_out(data: Path, tmp_path: Path) -> None:
