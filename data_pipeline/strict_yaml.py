@@ -3,6 +3,7 @@
 - `010` and `08` are the numbers ten and eight (1.1: octal), `1:30` and `2024-01-01` are text (1.1: 90, and a date).
 - A key that is given twice in one mapping is refused with both lines; PyYAML keeps the last one and says nothing.
   What a merge key (`<<: *base`) brings may be replaced, which is what it is for.
+- Aliases stand for a bounded number of values, and none for what holds it: nine lines can otherwise mean a billion.
 """
 
 from __future__ import annotations
@@ -14,14 +15,22 @@ import yaml
 
 INTEGER, FLOAT, MERGE = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float", "tag:yaml.org,2002:merge"
 TIMESTAMP = "tag:yaml.org,2002:timestamp"
+MOST_VALUES = 100_000
+IN_OUR_WORDS = (  # what PyYAML says of YAML that users write now and then
+    ("found unhashable key", "a list or a mapping is given as a key, but keys are names"),
+    ("expected a mapping or list of mappings for merging", "<< brings the keys of a mapping, or of a list of mappings"),
+    ("could not determine a constructor for the tag", "it has a tag (!...), but plain values are wanted"),
+    ("but found another document", "a second document begins (---): keep one"),
+    ("found character '\\t'", "a tab stands before a value: indent with spaces"),
+)
 
 
-class RepeatedKeyError(ValueError):
-    """A key is given twice in one mapping: one sentence."""
+class RefusedYamlError(ValueError):
+    """YAML that PyYAML takes and weft does not (a key given twice, a bomb of aliases): one sentence."""
 
 
 def parse(text: str, where: str) -> Any:
-    """The value of a YAML text. Raises RepeatedKeyError, which begins with `where`, for a key that is given twice.
+    """The value of a YAML text. Raises RefusedYamlError, which begins with `where`, for what weft reads nowhere.
 
     Raises ValueError, in one line, for what is not YAML.
     """
@@ -32,10 +41,20 @@ def parse(text: str, where: str) -> Any:
             return loader.get_single_data()
         finally:
             loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        raise ValueError(_sentence(error, "\n" in text)) from None
     except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from None
+        raise ValueError(" ".join(str(error).replace('in "<unicode string>", ', "").split())) from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def _sentence(error: yaml.MarkedYAMLError, lines: bool) -> str:
+    """What PyYAML found, without its excerpt of the text; `lines`: whether there is more than one."""
+    found = ", ".join(part for part in (error.context, error.problem) if part)
+    said = next((ours for theirs, ours in IN_OUR_WORDS if theirs in found), found)
+    mark = error.problem_mark or error.context_mark
+    return f"line {mark.line + 1}: {said}" if lines and mark else said
 
 
 class _Loader(yaml.SafeLoader):
@@ -44,6 +63,24 @@ class _Loader(yaml.SafeLoader):
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.flat: set[int] = set()  # mappings that were looked at
+
+    def get_single_node(self) -> yaml.Node | None:
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None and self._count(node, {}) > MOST_VALUES:
+            raise RefusedYamlError(f"{self.where}: its aliases stand for more than {MOST_VALUES:,} values: write fewer")
+        return node
+
+    def _count(self, node: yaml.Node, counted: dict[int, int]) -> int:
+        """Values of a node, those that aliases stand for too; `counted`: by node, 0 while one is being counted."""
+        if id(node) not in counted:
+            counted[id(node)] = 0
+            inside = node.value if isinstance(node, yaml.CollectionNode) else ()
+            parts = [part for each in inside for part in (each if isinstance(each, tuple) else (each,))]
+            counted[id(node)] = 1 + sum(self._count(part, counted) for part in parts)
+        elif not counted[id(node)]:
+            line = node.start_mark.line + 1
+            raise RefusedYamlError(f"{self.where}: the value that begins in line {line} holds an alias of itself")
+        return counted[id(node)]
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         """Refuse repeated keys before merge keys are replaced by what they bring, which is done once a mapping."""
@@ -57,7 +94,7 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, (list, dict, set)):
                 continue  # refused as a key when the mapping is made
             if key in lines:
-                raise RepeatedKeyError(f"{self.where}: {_twice(key, lines[key], line)}: keep one of them")
+                raise RefusedYamlError(f"{self.where}: {_twice(key, lines[key], line)}: keep one of them")
             lines[key] = line
         super().flatten_mapping(node)
 

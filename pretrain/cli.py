@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shlex
 import sys
 import warnings
@@ -38,6 +39,18 @@ bench = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True,
 weft.add_typer(data, name="data")
 weft.add_typer(checkpoints, name="checkpoint")
 weft.add_typer(bench, name="bench")
+
+
+def _given(text: str) -> str:
+    """The text of an option or an argument; a usage error for none, which a shell makes of an unset variable."""
+    if not text.strip():
+        raise typer.BadParameter("it is empty, but it must be a path")
+    return text
+
+
+def _path(text: str) -> Path:
+    return Path(_given(text))
+
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A built-in recipe or a YAML file.")]
 Overrides = Annotated[
@@ -147,7 +160,7 @@ def _add_row(table: Table, key: str, value: str, field: Any) -> None:
     kind = getattr(field.annotation, "__name__", None) or str(field.annotation)
     if not isinstance(field.annotation, type):
         kind = str(field.annotation).replace("pretrain.sections.", "")
-    kind = kind.replace("typing.", "").replace("pathlib.", "")
+    kind = re.sub(r"Annotated\[([^,]+), .*\]\]", r"\1]", kind.replace("typing.", "").replace("pathlib.", ""))
     table.add_row(*(escape(text) for text in (key, value, default, kind, field.description or "")))
 
 
@@ -158,8 +171,13 @@ def _say_repeated(sentences: Iterable[str]) -> None:
 
 @weft.command("eval")
 def evaluate(
-    path: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run folder, or a checkpoint.")],
-    data_path: Annotated[str | None, typer.Option("--data", help="Shards; default: the recipe's data.test.")] = None,
+    path: Annotated[
+        Path, typer.Argument(metavar="RUN|CHECKPOINT", parser=_path, help="A run folder, or a checkpoint.")
+    ],
+    data_path: Annotated[
+        str | None,
+        typer.Option("--data", metavar="PATH", parser=_given, help="Shards; default: the recipe's data.test."),
+    ] = None,
     task: Annotated[str, typer.Option(help="retrieval, zero_shot or captioning; all: what the model has.")] = "all",
     samples: Annotated[
         int | None,
@@ -189,11 +207,14 @@ def evaluate(
 
 @weft.command()
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", parser=_path, help="A run folder.")],
     other: Annotated[
-        Path | None, typer.Argument(metavar="[OTHER]", help="With --compare: the run to compare it with.")
+        Path | None,
+        typer.Argument(metavar="[OTHER]", parser=_path, help="With --compare: the run to compare it with."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Where to write; default: RUN/report.html.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="PATH", parser=_path, help="Where to write; default: RUN/report.html.")
+    ] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Say whether RUN and OTHER read the same data in order; exit 1 if not.")
     ] = False,
@@ -215,7 +236,10 @@ def report(
 
 
 @checkpoints.command()
-def show(path: Annotated[Path, typer.Argument(help="A checkpoint, or a run folder.")], json_: Json = False) -> None:
+def show(
+    path: Annotated[Path, typer.Argument(metavar="PATH", parser=_path, help="A checkpoint, or a run folder.")],
+    json_: Json = False,
+) -> None:
     """Show what a checkpoint contains."""
     from pretrain.checkpoint.format import describe
 
@@ -243,7 +267,8 @@ def show(path: Annotated[Path, typer.Argument(help="A checkpoint, or a run folde
 
 @checkpoints.command("verify")
 def verify_checkpoint(
-    path: Annotated[Path, typer.Argument(help="A checkpoint, or a run folder.")], json_: Json = False
+    path: Annotated[Path, typer.Argument(metavar="PATH", parser=_path, help="A checkpoint, or a run folder.")],
+    json_: Json = False,
 ) -> None:
     """Read every byte and compare checksums; exit 1 if one is wrong."""
     from pretrain.checkpoint.format import describe, verify
@@ -340,7 +365,9 @@ def bench_checkpoint(
 
 @bench.command("kernels")
 def bench_kernels(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the results.")] = Path("runs/bench-kernels"),
+    out: Annotated[Path, typer.Option(metavar="DIR", parser=_path, help="Folder for the results.")] = Path(
+        "runs/bench-kernels"
+    ),
     only: Annotated[str, typer.Option(metavar="NAME,...", help="Operations to measure; default: all.")] = "",
     quick: Annotated[bool, typer.Option(help="Main rows and few repetitions only.")] = False,
     minutes: Annotated[float, typer.Option(min=0.1, help="Start no new measurement after about N minutes.")] = 8.0,

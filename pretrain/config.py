@@ -3,6 +3,7 @@
 Design choices:
 - A recipe is YAML laid over the defaults below, then dotted overrides (`train.lr=1e-3`); the resolved tree is
   saved with the run. Nothing else (environment, globals) changes what a run does.
+- What is laid over a section gives some of its keys and leaves the others; a list is replaced as a whole.
 - Every key is described where it is declared (sections.py), so `weft config RECIPE` is the reference manual.
 - Unknown keys and wrong types are refused, and the sentence names the nearest key that exists.
 """
@@ -10,15 +11,17 @@ Design choices:
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from data_pipeline.strict_yaml import RepeatedKeyError, parse
+from data_pipeline.strict_yaml import RefusedYamlError, parse
 from pretrain.errors import RequestError
 from pretrain.relevance import Ignored, ignored
 from pretrain.sections import Checkpoint, Data, Eval, Kernels, LayoutConfig, Model, Objective, Run, Section, Train
@@ -125,36 +128,50 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
 def repeated(overrides: Sequence[str]) -> Iterator[str]:
     """A sentence for each key that overrides give several values: the last one counts."""
-    values: dict[str, str] = {}
+    given: dict[str, tuple[Any, str]] = {}
     for override in overrides:
-        key, _, text = override.partition("=")
-        for other, before in values.items():
-            if (other == key and before != text) or other.startswith(f"{key}."):
-                yield f"{other} is given twice: {other}={before} does not count, {override} does"
-        values = {other: text for other, text in values.items() if not other.startswith(f"{key}.")} | {key: text}
+        dotted, value = _parted(override)
+        for key, each in _leaves(value, dotted):
+            before, other = given.get(key, (each, override))
+            if before != each:
+                yield f"{key} is given twice: {other} does not count, {override} does"
+            given[key] = each, override
 
 
 def recipe_of(tree: Mapping[str, Any], name: str) -> Recipe:
     """The recipe of a tree as YAML or JSON gives it; RequestError, which begins with `name`, for one that is not."""
+    told = dict(_truths_for_numbers(tree, Recipe))
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        raise RequestError(f"{name}: " + "; ".join(map(_sentence, _causes(error.errors())))) from None
-    if refused := list(_truths_for_numbers(tree, recipe.model_dump())):
-        raise RequestError(f"{name}: " + "; ".join(refused))
+        found = [each for each in _causes(error.errors()) if _dotted(each) not in told]
+        # what compares numbers compares 1 and 0 where they were given as true and false
+        found = [each for each in found if not (told and each["type"] == "value_error")]
+        told |= {_sentence(each): _sentence(each) for each in found}
+    if told:
+        raise RequestError(f"{name}: " + "; ".join(told.values()))
     return recipe
 
 
-def _truths_for_numbers(given: Any, taken: Any, dotted: str = "") -> Iterator[str]:
-    """A sentence for each number that is given as true or false (in YAML also yes, on, no, off): 1 or 0 to pydantic."""
-    if isinstance(given, bool) and not isinstance(taken, bool) and isinstance(taken, (int, float)):
-        yield f"{dotted} is {_shown(given)}, but it must be a number"
-    elif isinstance(given, Mapping) and isinstance(taken, Mapping):
-        for key in (key for key in given if key in taken):
-            yield from _truths_for_numbers(given[key], taken[key], f"{dotted}.{key}" if dotted else str(key))
-    elif isinstance(given, (list, tuple)) and isinstance(taken, (list, tuple)):
-        for number, pair in enumerate(zip(given, taken, strict=False)):
-            yield from _truths_for_numbers(*pair, f"{dotted}.{number}")
+def _truths_for_numbers(given: Any, kind: Any, dotted: str = "") -> Iterator[tuple[str, str]]:
+    """(key, sentence) of each number given as true or false (in YAML also yes, no, on, off), 1 or 0 to pydantic.
+
+    `kind`: the type that is asked for.
+    """
+    prefix = f"{dotted}." if dotted else ""
+    if isinstance(given, Mapping) and isinstance(kind, type) and issubclass(kind, BaseModel):
+        for key in (key for key in given if key in kind.model_fields):
+            yield from _truths_for_numbers(given[key], kind.model_fields[key].annotation, f"{prefix}{key}")
+    elif isinstance(given, (list, tuple)) and get_origin(kind) is tuple:
+        kinds = get_args(kind)
+        for number, each in enumerate(given):
+            yield from _truths_for_numbers(
+                each, kinds[0 if ... in kinds else min(number, len(kinds) - 1)], f"{prefix}{number}"
+            )
+    elif isinstance(given, bool):
+        kinds = (kind, *get_args(kind), *(value for each in get_args(kind) for value in get_args(each)))
+        if bool not in kinds and any(each in (int, float) or isinstance(each, int) for each in kinds):
+            yield dotted, f"{dotted} is {_shown(given)}, but it must be a number"
 
 
 def keys_of(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -184,14 +201,14 @@ def _find(name: str) -> Path:
 def _read(path: Path) -> dict[str, Any]:
     try:
         tree = parse(path.read_text(encoding="utf-8-sig"), str(path))
-    except RepeatedKeyError as error:
+    except RefusedYamlError as error:
         raise RequestError(str(error)) from None
     except ValueError as error:
         raise RequestError(f"{path} is not YAML: {error}") from None
     if not isinstance(tree, dict):
         held = {list: "a list", type(None): "nothing"}.get(type(tree), "a single value")
         raise RequestError(f"{path} holds {held}, but a recipe is a tree of keys (data: {{train: ...}})")
-    return tree
+    return {key: _whole_section(key, value) for key, value in tree.items()}
 
 
 def _lay_over(tree: dict[str, Any], override: str) -> set[str]:
@@ -199,33 +216,66 @@ def _lay_over(tree: dict[str, Any], override: str) -> set[str]:
 
     Returns the dotted keys that it gave.
     """
-    dotted, equals, text = override.partition("=")
-    if not equals or not dotted:
-        raise RequestError(f"override {override!r} is not of the form key=value")
+    dotted, value = _parted(override)
+    _refuse_inside_a_list(override, dotted)
     *parents, leaf = dotted.split(".")
     node = tree
     for parent in parents:
-        child = node.setdefault(parent, {})
+        child = node.get(parent, {})
         if not isinstance(child, dict):
             raise RequestError(f"override {override!r}: {parent!r} is a value, not a section")
-        node = child
+        node[parent] = node = dict(child)  # a copy: to YAML's aliases it is one object
+    node[leaf] = _merged(node.get(leaf), value)
+    return {dotted, *_below(value, dotted)}
+
+
+def _parted(override: str) -> tuple[str, Any]:
+    """(dotted key, value) of `key=value`."""
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise RequestError(f"override {override!r} is not of the form key=value")
     try:
-        node[leaf] = parse(text, f"override {override!r}") if text else None
-    except RepeatedKeyError as error:
+        return dotted, _whole_section(dotted, parse(text, f"override {override!r}") if text else None)
+    except RefusedYamlError as error:
         raise RequestError(str(error)) from None
     except ValueError as error:
         raise RequestError(f"override {override!r}: the value is not YAML ({error})") from None
-    return {dotted, *_below(node[leaf], dotted)}
 
 
-def _below(value: Any, prefix: str, seen: frozenset[int] = frozenset()) -> Iterator[str]:
-    """The dotted keys inside a value, which may hold itself (`&a {b: *a}`)."""
-    if id(value) in seen:
-        return
+def _whole_section(key: str, value: Any) -> Any:
+    """`layout: auto` is short for a section with one key."""
+    return {"auto": True} if (key, value) == ("layout", "auto") else value
+
+
+def _refuse_inside_a_list(override: str, dotted: str) -> None:
+    fields = dict(keys_of(Recipe))
+    for key in accumulate(dotted.split(".")[:-1], "{}.{}".format):
+        if key in fields and get_origin(fields[key].annotation) is tuple:
+            raise RequestError(f"override {override!r}: {key!r} is a list, which is given as a whole: {key}=[...]")
+
+
+def _merged(below: Any, above: Any) -> Any:
+    """A value laid over another: the keys of a section one by one, anything else as a whole."""
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return below | {key: _merged(below.get(key), each) for key, each in above.items()}
+
+
+def _below(value: Any, prefix: str) -> Iterator[str]:
+    """The dotted keys inside a value."""
     inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, each in inside:
         yield f"{prefix}.{key}"
-        yield from _below(each, f"{prefix}.{key}", seen | {id(value)})
+        yield from _below(each, f"{prefix}.{key}")
+
+
+def _leaves(value: Any, dotted: str) -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of what is no section; lists count as one value."""
+    if not isinstance(value, dict):
+        yield dotted, value
+        return
+    for key, each in value.items():
+        yield from _leaves(each, f"{dotted}.{key}")
 
 
 def _only_by_overrides(found: Ignored, given: set[str]) -> bool:
@@ -235,7 +285,7 @@ def _only_by_overrides(found: Ignored, given: set[str]) -> bool:
 
 
 def _changes_nothing(found: Ignored) -> str:
-    return f"{found.key} is {_shown(found.value)}, but {found.rule.why}: leave it out"
+    return f"{found.key} is {_shown(found.value)}, but {found.rule.why}: {found.rule.way_out}"
 
 
 def _causes(details: list[ErrorDetails]) -> list[ErrorDetails]:
@@ -248,12 +298,21 @@ def _causes(details: list[ErrorDetails]) -> list[ErrorDetails]:
     ]
 
 
+def _dotted(detail: ErrorDetails) -> str:
+    return ".".join(map(str, detail["loc"]))
+
+
 def _sentence(detail: ErrorDetails) -> str:
-    dotted = ".".join(str(part) for part in detail["loc"])
-    shown = _shown(detail["input"])
+    dotted, shown = _dotted(detail), _shown(detail["input"])
     match detail["type"]:
+        case "extra_forbidden" if dotted in dict(keys_of(Recipe)):  # with a dot inside one of its parts
+            nested = dotted.replace(".", ": {") + ": ..." + "}" * dotted.count(".")
+            return f"key {dotted!r} has dots, which are for overrides: in YAML write it nested, {nested}"
         case "extra_forbidden":
             return f"unknown key {dotted!r}" + _nearest(dotted)
+        case "missing" if isinstance(detail["loc"][-1], int):
+            dotted = dotted.rpartition(".")[0]
+            return f"{dotted} is {shown}: it must have {len(get_args(dict(keys_of(Recipe))[dotted].annotation))} items"
         case "invalid_key":
             return f"{shown} is given as a key, but keys are names (unquoted, YAML reads yes, no, on and off as values)"
         case "missing":
@@ -270,6 +329,8 @@ def _sentence(detail: ErrorDetails) -> str:
             asked = detail["ctx"].get("min_length", detail["ctx"].get("max_length"))
             limit = "at least" if detail["type"] == "too_short" else "at most"
             return f"{dotted} is {shown}: it must have {limit} {asked} {'item' if asked == 1 else 'items'}"
+        case "empty_path":
+            return f"{dotted} is empty, but it must be a path: give one, or leave it out"
         case "string_type" | "path_type":
             kind = "string" if detail["type"] == "string_type" else "path"
             quoted = (
@@ -304,10 +365,12 @@ def _example(value: Any) -> str:
 
 
 def _nearest(dotted: str) -> str:
-    known = [key for key, _ in keys_of(Recipe)]
-    section = dotted.rpartition(".")[0]
-    if section.startswith("objectives."):
-        known = [f"{section}.{name}" for name in Objective.model_fields]
+    fields = dict(keys_of(Recipe))
+    known = list(fields)
+    if item := re.fullmatch(r"(.*?)\.\d+\..*", dotted):  # in a list of sections
+        inner = item_section(fields[item[1]])
+        section = dotted.rpartition(".")[0]
+        known = [f"{section}.{name}" for name in inner.model_fields] if inner else []
     close = difflib.get_close_matches(dotted, known, n=1, cutoff=0.5)
     leaf = dotted.rpartition(".")[2]
     same_leaf = [key for key in known if key.rpartition(".")[2] == leaf]

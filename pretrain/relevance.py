@@ -26,6 +26,7 @@ class Rule:
     matter: Callable[[Recipe], bool]
     by: tuple[str, ...]
     why: str  # ends the sentence "KEY is VALUE, but ..."
+    way_out: str = "leave it out"
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,25 @@ def _at_a_url(recipe: Recipe) -> bool:
     return any("://" in place for place in (data.train, data.test or "", *(source.data for source in data.also)))
 
 
+def _begins_anew(parameter: str) -> Callable[[Recipe], bool]:
+    """Whether a parameter has its initial value, and is not one that a warm start brings."""
+
+    def begins_anew(recipe: Recipe) -> bool:
+        train = recipe.train
+        return train.init_from is None or (bool(train.init_only) and not parameter.startswith(train.init_only))
+
+    return begins_anew
+
+
+def _never_read(recipe: Recipe) -> Iterator[tuple[str, float]]:
+    """(key, weight) of each source of a mixture that no weight lets in: its own is 0, and those of the schedule too."""
+    data = recipe.data
+    weights = {"data.weight": data.weight} | {f"data.also.{i}.weight": each.weight for i, each in enumerate(data.also)}
+    for number, (key, weight) in enumerate(weights.items() if data.also else ()):
+        if not weight and not any(phase.weights[number] for phase in data.schedule):
+            yield key, weight
+
+
 RULES = (
     Rule(
         "model.vision",
@@ -69,6 +89,20 @@ RULES = (
         "only the objectives contrastive and sigmoid use it",
     ),
     Rule("model", ("logit_bias_init",), _has("sigmoid"), ("model.kind", "objectives"), "only the sigmoid loss uses it"),
+    Rule(
+        "model",
+        ("logit_scale_init",),
+        _begins_anew("logit_scale.log"),
+        ("train.init_from", "train.init_only"),
+        "the scale comes with the weights of train.init_from",
+    ),
+    Rule(
+        "model",
+        ("logit_bias_init",),
+        _begins_anew("logit_bias.value"),
+        ("train.init_from", "train.init_only"),
+        "the bias comes with the weights of train.init_from",
+    ),
     Rule(
         "data",
         ("weight", "schedule"),
@@ -118,17 +152,28 @@ RULES = (
         ("data.test",),
         "data.test is not set, so nothing is evaluated",
     ),
+    Rule("eval", ("templates",), _is_dual, ("model.kind",), "model.kind=captioner does not classify"),
 )
 SMOOTHING = Rule(
     "objectives", ("label_smoothing",), lambda recipe: False, ("objectives",), "only the contrastive loss uses it"
+)
+UNREAD = Rule(
+    "data",
+    ("also",),
+    lambda recipe: False,
+    (),
+    "no weight of data.schedule is more, so that this source is never read",
+    "give it a weight, or name only sources that are read",
 )
 
 
 def rules_of(recipe: Recipe) -> Iterator[tuple[str, Rule]]:
     """Every key that changes nothing in this recipe, whatever its value, with the rule that says so."""
+    told: dict[str, Rule] = {}
     for rule in RULES:
         if not rule.matter(recipe):
-            yield from ((f"{rule.section}.{key}", rule) for key in rule.keys)
+            told |= {name: rule for key in rule.keys if (name := f"{rule.section}.{key}") not in told}
+    yield from told.items()
 
 
 def ignored(recipe: Recipe) -> Iterator[Ignored]:
@@ -144,3 +189,5 @@ def ignored(recipe: Recipe) -> Iterator[Ignored]:
     for number, objective in enumerate(recipe.objectives):
         if objective.name != "contrastive" and objective.label_smoothing:
             yield Ignored(f"objectives.{number}.label_smoothing", objective.label_smoothing, 0.0, SMOOTHING)
+    for key, weight in _never_read(recipe):
+        yield Ignored(key, weight, 1.0, UNREAD)

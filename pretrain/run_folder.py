@@ -48,6 +48,8 @@ FREE = (
     "train.spike",
     "train.micro_batch",
     "train.resume",
+    "train.init_from",
+    "train.init_only",
     "train.log_every",
     "train.watchdog",
     "kernels.",
@@ -104,9 +106,10 @@ def checkpoints_to_resume(recipe: Recipe, data_fingerprint: str) -> Iterator[Che
 def _refuse_another_run(checkpoint: Checkpoint, recipe: Recipe, data_fingerprint: str) -> None:
     run = recipe.run.dir
     # through the model of a recipe, so that keys which are newer than the checkpoint stand there with their defaults
-    theirs = flat(recipe_of(checkpoint.recipe, str(checkpoint.path)).model_dump(mode="json"))
-    mine = flat(recipe.model_dump(mode="json"))
-    free = (*FREE, *(key for key, _ in rules_of(recipe)))  # what changes nothing may differ
+    before = recipe_of(checkpoint.recipe, str(checkpoint.path))
+    theirs, mine = (flat(each.model_dump(mode="json")) for each in (before, recipe))
+    # what changes nothing may differ, and changed nothing (the initial scale of a run that began with other weights)
+    free = (*FREE, *(key for each in (before, recipe) for key, _ in rules_of(each)))
     for key in sorted(theirs.keys() | mine.keys()):
         if theirs.get(key) != mine.get(key) and not key.startswith(free):
             good = None if key.startswith(("model.", "run.")) else _good_weights(run)

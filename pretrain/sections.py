@@ -9,13 +9,23 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 VOCABULARY_MULTIPLE = 128  # token tables have a multiple of this many rows, to divide over tensor parallel ranks
 LARGEST = 1e37  # an update must fit fp32, whose largest number is 3.4e38
 
-UserPath = Annotated[Path, AfterValidator(lambda path: path.expanduser())]  # `~` is the home folder
-Location = Annotated[str, AfterValidator(os.path.expanduser)]  # a path or a URL
+
+def _not_empty(given: Any) -> Any:
+    """A path that is there: pathlib takes "", which a shell makes of an unset variable, for the current folder."""
+    if isinstance(given, str) and not given.strip():
+        raise PydanticCustomError("empty_path", "must be a path")
+    return given
+
+
+AnyPath = Annotated[Path, BeforeValidator(_not_empty)]
+UserPath = Annotated[AnyPath, AfterValidator(lambda path: path.expanduser())]  # `~` is the home folder
+Location = Annotated[str, BeforeValidator(_not_empty), AfterValidator(os.path.expanduser)]  # a path or a URL
 
 
 class Section(BaseModel):
@@ -54,7 +64,7 @@ class Data(Section):
     )
     window: int = Field(64, ge=1, description="number of blocks shuffled together; needs data.block")
     test: Location | None = Field(None, description="evaluation data, as in data.train")
-    cache: Path = Field(
+    cache: AnyPath = Field(
         Path("~/.cache/weft"),
         description="folder for what is fetched of shards at a URL, indexes of read-only folders, and class names",
     )
@@ -262,7 +272,7 @@ class Train(Section):
         description="skip the update when the loss exceeds this multiple of the recent median (above 1); 0 disables",
     )
     init_from: UserPath | None = Field(
-        None, description="run folder or checkpoint to take the weights of a new run from; ignored when it resumes"
+        None, description="run folder or checkpoint to take the weights of a new run from; not read when it resumes"
     )
     init_only: tuple[str, ...] = Field(
         (), description="take only weights whose names start with one of these prefixes: [vision.]; default: all"

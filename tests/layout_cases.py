@@ -31,10 +31,10 @@ from pretrain.sections import Eval
 BATCH, STEPS, LR = 16, 4, 1e-3
 TINY = [
     "data.train=unused",
-    "model.text={layers: 4, width: 24, heads: 2, vocab_size: 300, context: 16}",
-    f"train={{global_batch: {BATCH}, steps: 100, warmup: 1, eps: 1.0e-4, grad_clip: 0.5, watchdog: 0}}",
+    "model.text={layers: 4, width: 24, heads: 2, vocab_size: 300, context: 16, mlp_ratio: 4}",
+    f"train={{global_batch: {BATCH}, steps: 100, lr: 1.0e-3, warmup: 1, eps: 1.0e-4, grad_clip: 0.5, watchdog: 0}}",
 ]
-TOWERS = ["model.vision={layers: 4, width: 32, heads: 4, image_size: 32, patch: 8}", "model.embed_dim=20"]
+TOWERS = ["model.vision={layers: 4, width: 32, heads: 4, image_size: 32, patch: 8, mlp_ratio: 4}", "model.embed_dim=20"]
 MODELS = {
     # with the usual scale of 14.3 plain torch in fp32 is itself 1.0e-6 from fp64: no room for another order of sums
     "contrastive": [*TOWERS, "objectives=[{name: contrastive, label_smoothing: 0.1}]", "model.logit_scale_init=4"],

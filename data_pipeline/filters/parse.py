@@ -26,7 +26,7 @@ from data_pipeline.filters.near_duplicates import NearDuplicates
 from data_pipeline.filters.personal_data import PersonalData
 from data_pipeline.filters.scores import PseudoLabels, Scores, TopScores
 from data_pipeline.filters.step import Step
-from data_pipeline.strict_yaml import RepeatedKeyError, parse
+from data_pipeline.strict_yaml import RefusedYamlError, parse
 
 _ALL = (
     Captions,
@@ -68,7 +68,7 @@ def _from_file(path: Path) -> list[Step]:
         raise FileNotFoundError(f"there is no file of filter steps {path}")
     try:
         tree = parse(path.read_text(encoding="utf-8"), str(path))
-    except RepeatedKeyError:
+    except RefusedYamlError:
         raise
     except ValueError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error

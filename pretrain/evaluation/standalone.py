@@ -30,7 +30,7 @@ def evaluate_checkpoint(
             raise RequestError(
                 f"--task is {task}, but {path} is a {kind}, which has no {task}: use {' or '.join([*known, 'all'])}"
             )
-        folder = data or recipe.data.test
+        folder = recipe.data.test if data is None else data
         if folder is None:
             raise RequestError(f"the recipe of {path} names no data.test: give --data")
         settings = recipe.eval if samples is None else recipe.eval.model_copy(update={"samples": samples})

@@ -42,7 +42,10 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe_of(shards: Path, *more: str) -> Recipe:
-    small = ["model.vision={layers: 2, width: 32, image_size: 48, positions: learned}", "model.text={layers: 2}"]
+    small = [
+        "model.vision={layers: 2, width: 32, image_size: 48, positions: learned, mlp_ratio: 4}",
+        "model.text={layers: 2, context: 32, mlp_ratio: 4}",
+    ]
     length = [f"train.steps={STEPS}", "train.global_batch=8", "train.warmup=2", "train.eps=1e-4", "train.log_every=1"]
     common = [f"data.train={shards}", "data.test=null", "data.aspect=3", "run.seed=3", *small, *length]
     return load_recipe("quickstart", [*common, *more])

@@ -146,6 +146,13 @@ def test_a_task_that_there_is_none_of_is_refused(mistake: Any, tmp_path: Path) -
         (["train", "quickstart", "--nproc", "two"], ["--nproc", "integer"]),
         (["eval", "run", "--samples", "1"], ["--samples", "greater than or equal to 2"]),
         (["checkpoint", "nosuch"], ["nosuch", "checkpoint --help"]),
+        (["eval", "run", "--data", ""], ["'--data': it is empty, but it must be a path", "eval --help"]),
+        (["eval", " "], ["RUN|CHECKPOINT", "it is empty"]),
+        (["report", ""], ["RUN", "it is empty"]),
+        (["report", "run", "", "--compare"], ["OTHER", "it is empty"]),
+        (["report", "run", "--out="], ["--out", "it is empty"]),
+        (["checkpoint", "show", ""], ["PATH", "it is empty"]),
+        (["checkpoint", "verify", ""], ["PATH", "it is empty"]),
     ],
 )
 def test_a_command_line_that_does_not_parse(mistake: Any, arguments: list[str], words: list[str]) -> None:

@@ -154,14 +154,39 @@ def test_the_last_override_wins_and_later_ones_reach_into_earlier_ones() -> None
         (["train.lr=1", "train.lr=2"], ["train.lr is given twice: train.lr=1 does not count, train.lr=2 does"]),
         (["train.lr=1", "train.steps=9", "train.lr=1"], []),
         (["model.text={layers: 3}", "model.text.width=64"], []),
+        (["model.text.width=64", "model.text={layers: 3}", "model.text.width=64"], []),
         (
-            ["model.text.width=64", "model.text={layers: 3}", "model.text.width=64"],
-            ["model.text.width is given twice: model.text.width=64 does not count, model.text={layers: 3} does"],
+            ["model.text.width=64", "model.text={width: 32, heads: 2}"],
+            [
+                "model.text.width is given twice: model.text.width=64 does not count, "
+                "model.text={width: 32, heads: 2} does"
+            ],
         ),
     ],
 )
 def test_an_override_that_does_not_count_is_said(overrides: list[str], said: list[str]) -> None:
     assert list(repeated(overrides)) == said
+
+
+def test_an_override_of_a_section_leaves_the_keys_that_it_does_not_give(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "data: {train: x, crop_scale: [0.5, 1]}\ntrain: {steps: 6, global_batch: 16, warmup: 1}\n"
+        "model: {vision: &tower {layers: 1, width: 32}, text: *tower}\nlayout: auto\n"
+    )
+    more = ["train={lr: 5e-4}", "model={text: {width: 64}}", "model.vision.heads=8", "data={crop_scale: [0.2, 1]}"]
+    recipe = load_recipe(str(path), [*more, "layout.memory_gib=4"])
+    assert (recipe.train.steps, recipe.train.global_batch, recipe.train.lr) == (6, 16, 5e-4)
+    towers = recipe.model.vision, recipe.model.text
+    assert [(each.layers, each.width, each.heads) for each in towers] == [(1, 32, 8), (1, 64, 4)]
+    assert (recipe.data.train, recipe.data.crop_scale) == ("x", (0.2, 1.0))
+    assert (recipe.layout.auto, recipe.layout.memory_gib) == (True, 4.0)
+
+
+def test_layout_auto_by_name_is_a_section() -> None:
+    layout = load_recipe("quickstart", ["layout=auto", "layout.memory_gib=4"]).layout
+    assert (layout.auto, layout.memory_gib) == (True, 4.0)
+    assert load_recipe("quickstart", ["layout={recompute: full, auto: false}"]).layout.recompute == "full"
 
 
 def test_objectives_are_a_list_of_name_and_weight() -> None:
@@ -177,6 +202,11 @@ def test_a_recipe_does_not_change_once_it_is_loaded() -> None:
 
 # --- refusals
 
+BOMB = "".join(
+    f"{name}: &{name} [{', '.join([inner] * 9)}]\n"
+    for name, inner in zip("abcdefghi", ["1", *map("*{}".format, "abcdefgh")], strict=True)
+).encode()
+
 
 @pytest.mark.parametrize(
     ("override", "named", "nearest"),
@@ -189,6 +219,8 @@ def test_a_recipe_does_not_change_once_it_is_loaded() -> None:
         ("train.zero=1", "train.zero", "layout.zero"),
         ("data.wrokers=4", "data.wrokers", "data.workers"),
         ("objectives=[{name: sigmoid, weigth: 2}]", "objectives.0.weigth", "objectives.0.weight"),
+        ("data.also=[{data: x, wieght: 2}]", "data.also.0.wieght", "data.also.0.weight"),
+        ("data.schedule=[{stp: 2, weights: [1]}]", "data.schedule.0.stp", "data.schedule.0.step"),
     ],
 )
 def test_an_unknown_key_names_its_nearest_neighbour(override: str, named: str, nearest: str) -> None:
@@ -219,7 +251,7 @@ def test_an_unknown_key_like_nothing_gets_no_false_advice() -> None:
         ("train.lr=on", ["train.lr is true, but it must be a number"]),
         ("run.seed=no", ["run.seed is false, but it must be a number"]),
         ("layout.zero=yes", ["layout.zero is true, but it must be a number"]),
-        ("data.crop_scale=[off, 1]", ["data.crop_scale", "low"]),
+        ("data.crop_scale=[off, 1]", ["data.crop_scale.0 is false, but it must be a number"]),
         ("data.crop_scale=[yes, 1]", ["data.crop_scale.0 is true, but it must be a number"]),
         ("train.stop_at=yes", ["train.stop_at is true, but it must be a number"]),
         ("run.dir=no", ["run.dir is false", "path: put it in quotes"]),
@@ -228,8 +260,6 @@ def test_an_unknown_key_like_nothing_gets_no_false_advice() -> None:
         ("data.train=null", ["data.train is null", "string"]),
         ("data=null", ["data is null", "it is a section"]),
         ("train=7", ["train is 7", "it is a section"]),
-        ("train=&a {lr: 1, steps: *a}", ["train.steps is a section"]),
-        ("train.freeze=&a [*a]", ["train.freeze.0"]),
         ("model.text.vocab_size={a: 1}", ["model.text.vocab_size is a section", "whole number"]),
         ("objectives=contrastive", ["objectives is 'contrastive'", "must be a list"]),
         ("objectives=[]", ["objectives is []: it must have at least 1 item"]),
@@ -257,7 +287,10 @@ def test_an_unknown_key_like_nothing_gets_no_false_advice() -> None:
         ("run.dir=2024", ["run.dir is 2024", "path", "quotes"]),
         ("run.dir=[a]", ["run.dir is ['a']", "path"]),
         ("train.freeze=vision.", ["train.freeze is 'vision.'", "must be a list, such as [vision.]"]),
-        ("data.crop_scale=[1]", ["data.crop_scale"]),
+        ("data.crop_scale=[1]", ["data.crop_scale is [1]: it must have 2 items"]),
+        ("data.train=' '", ["data.train is empty"]),
+        ('data.test=""', ["data.test is empty", "leave it out"]),
+        ('data.also=[{data: ""}]', ["data.also.0.data is empty"]),
     ],
 )
 def test_a_wrong_value_is_refused_with_key_value_and_what_is_allowed(override: str, words: list[str]) -> None:
@@ -265,6 +298,18 @@ def test_a_wrong_value_is_refused_with_key_value_and_what_is_allowed(override: s
     assert sentence.startswith("quickstart: ")
     for word in words:
         assert word in sentence, sentence
+
+
+def test_a_number_given_as_a_truth_is_not_compared_with_others(tmp_path: Path) -> None:
+    assert refusal("train.steps=yes") == "quickstart: train.steps is true, but it must be a number"
+    assert refusal("train.lr=off") == "quickstart: train.lr is false, but it must be a number"
+
+
+def test_every_path_of_a_recipe_refuses_emptiness() -> None:
+    paths = [key for key, field in keys_of(Recipe) if "Path" in str(field.annotation)]
+    assert {"run.dir", "train.init_from"} <= set(paths)
+    for key in paths:
+        assert f"{key} is empty" in refusal(f'{key}=""')
 
 
 def test_all_that_is_wrong_is_said_at_once() -> None:
@@ -279,7 +324,12 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
         ("train.lr", ["'train.lr'", "not of the form key=value"]),
         ("=3", ["'=3'", "not of the form key=value"]),
         ("train.lr.x=3", ["'train.lr.x=3'", "'lr' is a value, not a section"]),
-        ("objectives.0.name=sigmoid", ["'objectives'"]),
+        ("objectives.0.name=sigmoid", ["'objectives' is a list, which is given as a whole: objectives=[...]"]),
+        ("data.crop_scale.0=0.5", ["'data.crop_scale' is a list", "data.crop_scale=[...]"]),
+        ("train=&a {lr: 1, steps: *a}", ["holds an alias of itself"]),
+        ("train.freeze=&a [*a]", ["holds an alias of itself"]),
+        ("train={[1]: 2}", ["a list or a mapping is given as a key"]),
+        ("train={<<: 5}", ["<< brings the keys of a mapping"]),
         ("data.crop_scale=[1", ["'data.crop_scale=[1'", "not YAML"]),
         ("train.steps={", ["'train.steps={'", "not YAML"]),
         ("train={lr: 1, lr: 2}", ["'train={lr: 1, lr: 2}'", "'lr' is given twice"]),
@@ -306,7 +356,15 @@ def test_a_bad_override_is_quoted(override: str, words: list[str], tmp_path: Pat
         (b"data: {}", ["'data.train' has no value and no default"]),
         (b"data: {train: x}\n1: 2\n", ["1 is given as a key"]),
         (b"data: {train: x}\non: {a: 1}\n", ["true is given as a key"]),
-        (b"!!python/object/apply:os.system [echo]", ["not YAML"]),
+        (b"!!python/object/apply:os.system [echo]", ["it has a tag (!...), but recipes hold plain values"]),
+        (b"data: {train: x}\n? [1]\n: 2\n", ["line 2: a list or a mapping is given as a key"]),
+        (b"data: {train: x}\ntrain:\n  <<: 5\n", ["line 3: << brings the keys of a mapping"]),
+        (b"data:\n\ttrain: x\n", ["line 2: a tab stands before a value: indent with spaces"]),
+        (b"data: {train: x}\n---\ndata: {}\n", ["line 2: a second document begins (---): keep one"]),
+        (b"data: {train: x\ntrain: 5\n", ["line 2: while parsing a flow mapping, expected ',' or '}'"]),
+        (BOMB, ["its aliases stand for more than 100,000 values"]),
+        (b"data: {train: x}\ntrain.lr: 1e-2\n", ["'train.lr' has dots", "write it nested, train: {lr: ...}"]),
+        (b"data: {train: x}\nmodel: {text.heads: 2}\n", ["nested, model: {text: {heads: ...}}"]),
     ],
 )
 def test_a_file_that_is_no_recipe_is_named(content: bytes, words: list[str], tmp_path: Path) -> None:
@@ -314,6 +372,7 @@ def test_a_file_that_is_no_recipe_is_named(content: bytes, words: list[str], tmp
     path.write_bytes(content)
     sentence = refusal(recipe=str(path))
     assert str(path) in sentence
+    assert "<unicode string>" not in sentence
     for word in words:
         assert word in sentence, sentence
 
@@ -387,6 +446,7 @@ def test_numbers_are_decimal_and_times_are_text(text: str, value: Any) -> None:
 # --- keys that change nothing
 
 CAPTIONER = ["model.kind=captioner", "objectives=[{name: caption}]"]
+INIT_ONLY = ["train.init_from=x", "train.init_only=[vision., logit_]"]
 
 
 @pytest.mark.parametrize(
@@ -409,11 +469,25 @@ CAPTIONER = ["model.kind=captioner", "objectives=[{name: caption}]"]
         (["layout.memory_gib=4"], ["layout.memory_gib is 4.0", "layout.auto"]),
         (["layout={auto: true, tp: 2}"], ["layout.tp is 2", "layout.auto=true"]),
         (["data.test=null", "eval.every=7"], ["eval.every is 7", "data.test"]),
+        (["train.init_from=x", "model.logit_scale_init=50"], ["model.logit_scale_init is 50.0", "train.init_from"]),
+        ([*INIT_ONLY, "model.logit_scale_init=50"], ["model.logit_scale_init is 50.0", "comes with the weights"]),
+        (
+            ["train.init_from=x", "objectives=[{name: sigmoid}]", "model.logit_bias_init=-3"],
+            ["model.logit_bias_init is -3.0", "comes with the weights"],
+        ),
+        (["train.init_from=x", "model.logit_bias_init=-3"], ["model.logit_bias_init is -3.0", "only the sigmoid"]),
+        ([*CAPTIONER, "eval.templates=['x {}']"], ["eval.templates is ['x {}']", "does not classify"]),
+        (["data.also=[{data: x, weight: 0}]"], ["data.also.0.weight is 0.0", "this source is never read"]),
+        (["data.also=[{data: x}]", "data.weight=0"], ["data.weight is 0.0", "this source is never read"]),
+        (
+            ["data.also=[{data: x, weight: 0}, {data: y, weight: 0}]", "data.schedule=[{step: 3, weights: [1, 0, 2]}]"],
+            ["data.also.0.weight is 0.0", "name only sources that are read"],
+        ),
     ],
 )
 def test_a_key_that_changes_nothing_is_refused(overrides: list[str], words: list[str]) -> None:
     sentence = refusal(*overrides)
-    assert sentence.endswith("leave it out")
+    assert sentence.endswith(("leave it out", "name only sources that are read"))
     for word in words:
         assert word in sentence, sentence
 
@@ -425,6 +499,10 @@ def test_a_default_may_be_said_and_what_overrides_made_idle_has_its_default(tmp_
     path.write_text("data: {train: x}\nmodel: {kind: captioner, vision: {layers: 2}}\nobjectives: [{name: caption}]\n")
     assert "model.vision.layers is 2" in refusal(recipe=str(path)), "the file itself asks for it"
     assert load_recipe("quickstart", ["data.test=null"]).eval.every == 500
+    path.write_text("data: {train: x}\nmodel: {logit_scale_init: 20}\neval: {templates: ['x {}']}\n")
+    assert load_recipe(str(path), ["train.init_from=x"]).model.logit_scale_init == 14.3
+    assert load_recipe(str(path), ["train.init_from=x", "train.init_only=[vision.]"]).model.logit_scale_init == 20
+    assert load_recipe(str(path), [*CAPTIONER, "train.init_from=x"]).eval.templates[0] == "{}"
 
 
 def test_what_was_saved_before_a_key_was_refused_is_still_read() -> None:

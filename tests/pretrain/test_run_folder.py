@@ -113,6 +113,7 @@ FREE_CHANGES = [
     "train.log_every=3",
     "train.max_skipped=9",
     "train.spike=4",
+    "train.init_from=elsewhere",
     "layout.tp=2",
     "layout.zero=3",
     "checkpoint.every=9",
@@ -130,6 +131,15 @@ def test_what_does_not_change_the_run_is_free(tmp_path: Path, changed: str | Non
     found = checkpoint_to_resume(recipe_in(tmp_path, *([changed] if changed else FREE_CHANGES)), DATA)
     assert found is not None
     assert found.step == 30
+
+
+def test_a_resumed_run_reads_no_other_weights(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("data: {train: x}\nmodel: {logit_scale_init: 20}\n")
+    where = f"run.dir={tmp_path / 'run'}"
+    leave_checkpoint(tmp_path / "run", load_recipe(str(path), [where, "train.init_from=runs/other"]))
+    for given in ([], ["train.init_from=/away/runs/other"], ["train.init_from=x", "train.init_only=[vision.]"]):
+        assert checkpoint_to_resume(load_recipe(str(path), [where, *given]), DATA) is not None
 
 
 def test_a_moved_folder_is_the_same_run(tmp_path: Path) -> None:

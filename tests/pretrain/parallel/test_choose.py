@@ -14,8 +14,8 @@ LARGE = [
     "layout=auto",
     "train.precision=bf16",
     "train.global_batch=4096",
-    "model.vision={layers: 24, width: 1024, heads: 16, image_size: 224, patch: 14}",
-    "model.text={layers: 12, width: 768, heads: 12, context: 80, vocab_size: 49408}",
+    "model.vision={layers: 24, width: 1024, heads: 16, mlp_ratio: 4, image_size: 224, patch: 14}",
+    "model.text={layers: 12, width: 768, heads: 12, mlp_ratio: 4, context: 80, vocab_size: 49408}",
     "model.embed_dim=768",
 ]
 
@@ -55,8 +55,8 @@ def test_the_choice_fits_and_a_larger_card_is_never_worse(world: int, memory_gib
 def test_a_model_too_large_for_a_card_is_cut() -> None:
     """20 B parameters on 64 cards of 80 GiB: the state alone is 320 GB of fp32 numbers."""
     towers = [
-        "model.vision={layers: 48, width: 4096, heads: 32, image_size: 224, patch: 14}",
-        "model.text={layers: 48, width: 4096, heads: 32, context: 80, vocab_size: 49408}",
+        "model.vision={layers: 48, width: 4096, heads: 32, mlp_ratio: 4, image_size: 224, patch: 14}",
+        "model.text={layers: 48, width: 4096, heads: 32, mlp_ratio: 4, context: 80, vocab_size: 49408}",
     ]
     chosen = with_layout(recipe(*towers), 64, 80.0)
     assert chosen.layout.zero >= 2 or chosen.layout.tp * chosen.layout.pp > 1

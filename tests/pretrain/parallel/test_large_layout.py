@@ -18,8 +18,8 @@ TWENTY_BILLION = [
     "train.precision=bf16",
     "train.global_batch=4096",
     "train.micro_batch=16",
-    "model.vision={layers: 64, width: 4096, heads: 64, image_size: 224, patch: 14}",
-    "model.text={layers: 32, width: 4096, heads: 64, context: 80, vocab_size: 49408}",
+    "model.vision={layers: 64, width: 4096, heads: 64, mlp_ratio: 4, image_size: 224, patch: 14}",
+    "model.text={layers: 32, width: 4096, heads: 64, mlp_ratio: 4, context: 80, vocab_size: 49408}",
     "model.embed_dim=2048",
     "layout={tp: 8, pp: 4, sequence_parallel: true, zero: 1}",
 ]

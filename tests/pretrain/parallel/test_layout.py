@@ -38,7 +38,10 @@ def test_the_ranks_share_the_batch(
     assert f"dp{dp} x tp{tp}, ZeRO-{layout.zero}, {count} microbatch" in str(layout)
 
 
-LARGE = ["model.vision={layers: 24, width: 1024, heads: 16}", "model.text={layers: 12, width: 768, heads: 12}"]
+LARGE = [
+    "model.vision={layers: 24, width: 1024, heads: 16, mlp_ratio: 4}",
+    "model.text={layers: 12, width: 768, heads: 12, context: 32, mlp_ratio: 4}",
+]
 
 
 @pytest.mark.parametrize(
