@@ -218,9 +218,10 @@ class BatchMaker:
             alike = self.dataset.alike(sample)
             sample = alike[int(generator.integers(len(alike)))]
         assert corrupt is not None
+        cause = "" if corrupt.cause.startswith(DataError.__name__) else f" ({corrupt.cause})"  # our own says all
         raise DataError(
-            f"{ATTEMPTS} samples in a row of {self.dataset.folder} cannot be used, "
-            f"the last being {corrupt.key!r} in {corrupt.shard}: {corrupt.reason} ({corrupt.cause})"
+            f"{ATTEMPTS} draws in a row from {self.dataset.folder} gave no sample that can be used, "
+            f"the last being {corrupt.key!r} in {corrupt.shard}: {corrupt.reason}{cause}"
         )
 
     def _try(self, batch: Batch, row: int, epoch: int, sample: int) -> Corrupt | None:

@@ -188,7 +188,9 @@ def read_members(
                 records = _pax_records(body, shard, position)
                 if any(key.startswith(b"GNU.sparse") for key in records):
                     sentence = f"{shard} holds a sparse file at byte {position}: only plain files are read"
-                    raise TarError(sentence, position)
+                    file = buffer[following : following + BLOCK]  # under a made-up name
+                    size = _number(file[124:136], shard, following) if len(file) == BLOCK else 0
+                    raise TarError(sentence, position, following + BLOCK + _padded(size))
                 if b"path" in records:
                     longer_name = _text(records[b"path"])
                 if b"size" in records:

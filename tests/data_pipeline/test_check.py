@@ -203,6 +203,20 @@ def test_refused_files_are_named_and_what_follows_is_read(tmp_path: Path, entry:
     assert (broken.key, broken.byte) == ("broken", place_of(tmp_path, "broken.jpg"))
 
 
+def test_a_sparse_file_in_pax_form_is_no_sample_under_its_made_up_name(tmp_path: Path) -> None:
+    sparse = tarfile.TarInfo("./GNUSparseFile.1/evil.jpg")
+    sparse.pax_headers, sparse.size = {"GNU.sparse.major": "1", "GNU.sparse.name": "evil.jpg"}, 700
+    with tarfile.open(tmp_path / "s0.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(sparse, io.BytesIO(bytes(700)))
+        for name, data in good(0).items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    report = check(tmp_path)
+    (error,) = report.errors
+    assert (error.byte, "a sparse file" in error.reason, report.samples) == (0, True, 1)
+
+
 def end_of(files: list[tuple[str, bytes]]) -> int:
     """The byte after the last of these files in a tar."""
     return sum(BLOCK + -(-len(data) // BLOCK) * BLOCK for _, data in files)

@@ -62,6 +62,15 @@ def test_interrupts_and_faults_of_the_shard_pass(tmp_path: Path) -> None:
     assert not isinstance(caught.value, DamagedSampleError), "no other sample of this shard is better"
 
 
+def test_what_is_wrong_with_every_sample_is_told_without_a_word_of_python(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "0.tar").write_bytes(tar_of({"a.jpg": b"no image", "a.txt": b"x"}))
+    maker = BatchMaker(open_dataset(folder), ImageTransform(8), None, seed=0, training=True)
+    with pytest.raises(DataError, match=r"16 draws in a row .* not a JPEG, PNG or WebP image .*'no image'\)$"):
+        maker(*[batch.np.arange(4)] * 2)
+
+
 def test_an_error_of_our_own_in_every_sample_ends_with_its_cause(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,5 +80,5 @@ def test_an_error_of_our_own_in_every_sample_ends_with_its_cause(
     monkeypatch.setattr(batch, "decode_image", broken)
     data = open_dataset(dataset(tmp_path / "data"))
     maker = BatchMaker(data, ImageTransform(8), None, seed=0, training=True)
-    with pytest.raises(DataError, match=r"16 samples in a row.*AttributeError: module has no .* \(AttributeError in"):
+    with pytest.raises(DataError, match=r"16 draws in a row.*AttributeError: module has no .* \(AttributeError in"):
         maker(*[batch.np.arange(4)] * 2)

@@ -234,7 +234,7 @@ def test_a_seed_chooses_the_replacements(bad_dataset: Dataset) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_data_set_beyond_repair_is_one_sentence(write: Callable[..., Path], workers: int) -> None:
     dataset = open_dataset(write(all_bad, samples=24))
-    with pytest.raises(DataError, match=f"^{ATTEMPTS} samples in a row of .*damaged JPEG") as caught:
+    with pytest.raises(DataError, match=f"^{ATTEMPTS} draws in a row from .*damaged JPEG") as caught:
         list(loader_of(dataset, workers=workers))
     assert "\n" not in str(caught.value)
     assert "worker" not in str(caught.value)
