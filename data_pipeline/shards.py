@@ -293,7 +293,10 @@ def _make_shard(inputs: Inputs, make: Make, path: Path, name: str) -> Made:
     """Make these samples and write them as one tar, with its table of offsets, that will be called `name`."""
     skipped: list[Skipped] = []
     written: set[str] = set()
-    with path.open("wb") as file, webdataset.TarWriter(file, encoder=False, compress=False, mtime=0) as tar:
+    with (
+        path.open("wb") as file,
+        webdataset.TarWriter(file, encoder=False, compress=False, mtime=0, keep_meta=True) as tar,
+    ):
         for each in inputs:
             if stopping():
                 return Made(None, ())
@@ -321,7 +324,12 @@ def _refuse_unstorable(sample: Sample, written: set[str]) -> None:
         raise ValueError(f"sample {sample.key!r} has no field: there is nothing to store")
     for field in sample.fields:
         name = f"{sample.key}.{field}"
-        if split_name(name) != (sample.key, field) or field.startswith("_"):
+        if field.startswith("__"):
+            raise ValueError(
+                f"sample {sample.key!r} has the field {field!r}, which cannot be stored: names that begin with two "
+                "underscores are webdataset's own"
+            )
+        if split_name(name) != (sample.key, field):
             raise ValueError(
                 f"sample {sample.key!r} with field {field!r} would not read back as itself: a key has no dot after "
                 "its last slash, a field is lower-case and has no slash"

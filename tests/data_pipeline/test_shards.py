@@ -193,7 +193,7 @@ def make_shifted(by: int, number: int) -> Sample | Skipped:
         ("a", "", "would not read back as itself"),
         ("a", "TXT", "would not read back as itself"),
         ("a", "x/txt", "would not read back as itself"),
-        ("a", "_txt", "would not read back as itself"),
+        ("a", "__txt", "two underscores are webdataset's own"),
         ("/a", "txt", "is an absolute path"),
         ("../a", "txt", "climbs out of its folder"),
         ("a", "pkl", "is a pickle"),
@@ -203,6 +203,15 @@ def test_what_would_not_read_back_is_refused(tmp_path: Path, key: str, field: st
     with pytest.raises(ValueError, match=words):
         write_shards(1, partial(constant, key, field), tmp_path / "out", processes=1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_field_of_one_underscore_reads_back(tmp_path: Path) -> None:
+    """As a tar with the file x._orig.jpg has it."""
+    sample = Sample("x", {"_orig.jpg": b"image", "txt": b"words"})
+    write_shards(1, lambda _: sample, tmp_path / "out", processes=1)
+    assert open_dataset(tmp_path / "out").read(0) == sample
+    (theirs,) = webdataset.WebDataset(str(tmp_path / "out" / "shard-000000.tar"), shardshuffle=False)
+    assert (theirs["__key__"], theirs["_orig.jpg"], theirs["txt"]) == ("x", b"image", b"words")
 
 
 def test_two_samples_of_one_key_are_refused(tmp_path: Path) -> None:
