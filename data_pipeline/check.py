@@ -115,7 +115,8 @@ def _report(paths: list[Path], findings: list[Finding], problems: list[Problem])
         problems.append(Problem("error", INDEX_FILE, None, None, "there is no sample in the whole data set"))
     elif not any(finding.usable for finding in findings):
         fields = sum((finding.fields for finding in findings), Counter[str]())
-        problems.append(Problem("error", INDEX_FILE, None, None, nothing_to_learn(fields)))
+        elsewhere = next((finding.elsewhere for finding in findings if finding.elsewhere), "")
+        problems.append(Problem("error", INDEX_FILE, None, None, nothing_to_learn(fields, elsewhere)))
     places = {INDEX_FILE: -1} | {path.name: number for number, path in enumerate(paths)}
     problems.sort(key=lambda problem: (places.get(problem.shard, -1), problem.byte or 0))
     return CheckReport(tuple(problems), samples, len(paths))

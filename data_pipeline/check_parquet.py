@@ -24,6 +24,7 @@ def check_parquet_file(path: Path, decode: bool) -> Finding:
         if not index.samples:
             finding.problems.append(Problem("warning", path.name, None, None, "it holds no row"))
             return finding
+        lacks.column = files.columns.caption
         with closing(files):
             _check_rows(files, index.shards[0], decode, lacks, finding)
     except (DataError, OSError) as error:
@@ -31,6 +32,9 @@ def check_parquet_file(path: Path, decode: bool) -> Finding:
         return finding
     finding.problems += lacks.problems()
     finding.samples, finding.usable, finding.fields = lacks.samples, lacks.usable, lacks.fields
+    finding.elsewhere = lacks.elsewhere or (
+        f"captions are read from the column {lacks.column!r}" if lacks.column else "there is no column of captions"
+    )
     return finding
 
 

@@ -10,6 +10,7 @@ from typing import Literal
 from data_pipeline.damage import EMPTY
 from data_pipeline.decode import decode_and_remark
 from data_pipeline.errors import DataError
+from data_pipeline.parquet_columns import CAPTION_COLUMNS
 from data_pipeline.sample import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, Sample
 
 NAMED = 6  # fields in a sentence
@@ -39,9 +40,11 @@ class Lacks:
     """What the samples of a shard lack or have too much of, gathered to be said once where it holds for all."""
 
     shard: str
+    column: str | None = None  # of Parquet, that captions are read from
     samples: int = 0
     usable: int = 0  # samples with two of image, sound and words, which is what a run learns from
     fields: Counter[str] = field(default_factory=Counter)
+    elsewhere: str = ""  # where captions seem to be that no run reads, the first such place in words
     _bare: dict[str, list[Problem]] = field(default_factory=lambda: {"an image": [], "a caption": []})
     _hidden: list[Problem] = field(default_factory=list)  # captions in a field that no run reads
     _several: dict[str, list[Problem]] = field(default_factory=lambda: {"error": [], "warning": []})
@@ -65,7 +68,10 @@ class Lacks:
             )
             self._hidden.append(Problem("error", self.shard, start, sample.key, reason))
         elif not torn and words != "caption":
-            self._note("a caption", sample, start, empty or f"no caption in its fields ({names})")
+            elsewhere = self._elsewhere(sample)
+            self.elsewhere = self.elsewhere or elsewhere
+            more = f": {elsewhere}" if elsewhere else ""
+            self._note("a caption", sample, start, empty or f"no caption in its fields ({names}){more}")
         if len(images) > 1:
             severity: Literal["error", "warning"] = "error" if _merged(images, sample) else "warning"
             why = (
@@ -76,6 +82,15 @@ class Lacks:
             reason = f"{len(images)} images in one sample ({names}): {why}a run reads {sample.image_field} only"
             self._several[severity].append(Problem(severity, self.shard, start, sample.key, reason))
 
+    def _elsewhere(self, sample: Sample) -> str:
+        """Where the captions of a sample without any seem to be, in words; or ""."""
+        place = unread_caption(sample)
+        if place is None:
+            return ""
+        if self.column:
+            return f"captions are read from the column {self.column!r}, and not from {place!r}"
+        return f"captions are read from txt and, as a list of texts, from 'captions' in json, and not from {place!r}"
+
     def _note(self, what: str, sample: Sample, start: int | None, reason: str) -> None:
         self._bare[what].append(Problem("warning", self.shard, start, sample.key, reason))
 
@@ -83,7 +98,8 @@ class Lacks:
         """What is to be said of the whole shard, and of single samples."""
         lacking: list[Problem] = []
         for what, without in self._bare.items():
-            none = Problem("warning", self.shard, None, None, f"none of its {self.samples} samples has {what}")
+            more = f": {self.elsewhere}" if self.elsewhere and what == "a caption" else ""
+            none = Problem("warning", self.shard, None, None, f"none of its {self.samples} samples has {what}{more}")
             lacking += [none] if len(without) == self.samples > 1 else without
         yield from dict.fromkeys(lacking)  # an empty row lacks both, and is told once
         for several in (self._hidden, *self._several.values()):
@@ -95,13 +111,28 @@ class Lacks:
             yield Problem("warning", self.shard, None, None, "no sample in it could be read")
 
 
-def nothing_to_learn(fields: Counter[str]) -> str:
-    """The sentence for a data set of which no sample has two of image, sound and words; its field names counted."""
+def unread_caption(sample: Sample) -> str | None:
+    """The key in the json of a sample without captions that seems to hold some: "caption", not "captions"."""
+    try:
+        metadata = sample.metadata()
+    except DataError:
+        return None
+    names = (name for name in CAPTION_COLUMNS if name != "captions")
+    return next((name for name in names if metadata.get(name) and isinstance(metadata[name], str | list)), None)
+
+
+def nothing_to_learn(fields: Counter[str], elsewhere: str) -> str:
+    """The sentence for a data set of which no sample has two of image, sound and words.
+
+    fields: name of a field -> samples that have it. `elsewhere`: where captions are, or are not, in words; or "".
+    """
     names = ", ".join(name for name, _ in fields.most_common(NAMED))
-    return (
-        f"no sample has both an image and a caption: the fields are called {names} (what follows a name's first dot), "
-        "and a run reads images from jpg, jpeg, png and webp, captions from txt and json, of files with one name"
+    cut = " (what follows a name's first dot)" if any("." in name for name in fields) else ""
+    usual = (
+        "a run reads images from jpg, jpeg, png and webp, captions from txt and from 'captions' in json, of files with "
+        "one name"
     )
+    return f"no sample has both an image and a caption: the fields are called {names}{cut}; {elsewhere or usual}"
 
 
 def _behind_a_dot(image: str, sample: Sample) -> list[str]:

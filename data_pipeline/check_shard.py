@@ -32,6 +32,7 @@ class Finding:
     samples: int = 0  # as a run counts them: neighbouring files of one key are one
     usable: int = 0  # samples that a run can learn from
     fields: Counter[str] = field(default_factory=Counter)  # field name -> samples that have it
+    elsewhere: str = ""  # where captions are, or are not, that no run reads, in words
 
 
 @dataclass
@@ -110,7 +111,7 @@ def _check_samples(shard: str, buffer: mmap.mmap, decode: bool, finding: Finding
         found += problems
         lacks.add(sample, start, words, group.torn)
     found += lacks.problems()
-    finding.usable, finding.fields = lacks.usable, lacks.fields
+    finding.usable, finding.fields, finding.elsewhere = lacks.usable, lacks.fields, lacks.elsewhere
     if loose:
         reason = f"{len(loose)} files without an extension belong to no sample and are not read, as {loose[0].name!r}"
         found.append(Problem("warning", shard, loose[0].offset, None, reason))

@@ -79,6 +79,9 @@ def score_samples(
     names = _class_names(classes, dataset)
     if not names and not captions:
         raise RequestError(f"--no-captions leaves classes to score by, and no sample of {path} has a label: --classes")
+    if captions and dataset.index.left_out.without_caption == len(dataset):
+        classes_too = "" if names else ", with --classes FILE"
+        raise RequestError(f"no sample of {path} has a caption: --no-captions{classes_too} scores the images alone")
     device = str(pick_device("auto"))
     model, tokenizer, recipe = load_model(checkpoint, device)
     if not isinstance(model, DualEncoder):

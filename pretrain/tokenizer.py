@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from data_pipeline import Dataset, Joined, Tokenizer
+from data_pipeline.check_sample import unread_caption
 from data_pipeline.damage import opened
 from data_pipeline.errors import DamagedSampleError, DataError
 from pretrain.checkpoint.format import TOKENIZER, Checkpoint, file_problem
@@ -97,12 +98,18 @@ def _captions(dataset: Dataset | Joined) -> list[str]:
     every = -(-len(dataset) // CAPTIONS_FOR_TOKENIZER)
     captions: list[str] = []
     first: DamagedSampleError | None = None
+    elsewhere: str | None = None
     for number in range(0, len(dataset), every):
         try:
             with opened(dataset, number) as sample:
-                captions += sample.captions()
+                own = sample.captions()
+                elsewhere = elsewhere or (None if own else unread_caption(sample))
+                captions += own
         except DamagedSampleError as error:  # named in quarantine.jsonl when training meets it
             first = first or error
     if first and not captions:
         raise DataError(f"no caption of {dataset.folder} can be read; the first: {first}") from first
+    if not captions:
+        there = f" (there is {elsewhere!r}, which is not read)" if elsewhere else ""
+        raise DataError(f"no sample of {dataset.folder} has a caption{there}: `weft data check` says where they belong")
     return captions

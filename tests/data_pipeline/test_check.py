@@ -462,7 +462,19 @@ def test_views_and_masks_beside_an_image_are_a_warning(tmp_path: Path, other: st
 def test_a_set_of_which_no_sample_is_a_pair_is_not_good(tmp_path: Path, names: list[str], fields: str) -> None:
     (error,) = check(dataset(tmp_path, merged(*names))).errors
     assert error.shard == INDEX_FILE
-    assert f"no sample has both an image and a caption: the fields are called {fields} " in error.reason
+    assert f"no sample has both an image and a caption: the fields are called {fields}" in error.reason
+    assert ("first dot" in error.reason) == ("." in fields)
+
+
+def test_captions_where_no_run_reads_them_are_named(tmp_path: Path) -> None:
+    files = merged(*(f"{i}.png" for i in range(3))) | {
+        f"{i}.json": b'{"caption": "a dog", "url": "x"}' for i in range(3)
+    }
+    report = check(dataset(tmp_path, dict(sorted(files.items()))))
+    warning, error = sorted((problem.reason for problem in report.problems), key=len)
+    told = "captions are read from txt and, as a list of texts, from 'captions' in json, and not from 'caption'"
+    assert warning == f"none of its 3 samples has a caption: {told}"
+    assert error == f"no sample has both an image and a caption: the fields are called json, png; {told}"
 
 
 @pytest.mark.parametrize(

@@ -93,4 +93,8 @@ def test_files_of_no_row_alone_are_no_data(tmp_path: Path) -> None:
 def test_parquet_without_words_is_not_good(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", [picture()] * 3, [None] * 3)
     (error,) = check_dataset(tmp_path, processes=1).errors
-    assert "no sample has both an image and a caption" in error.reason
+    assert error.reason.endswith("the fields are called png; captions are read from the column 'caption'")
+    columns = {"image": [picture()] * 3, "caption": pa.nulls(3, pa.string()), "text": ["x", "y", "z"]}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    (error,) = check_dataset(tmp_path, processes=1).errors
+    assert error.reason.endswith("captions are read from the column 'caption', and not from 'text'")

@@ -240,6 +240,12 @@ def test_a_data_set_beyond_repair_is_one_sentence(write: Callable[..., Path], wo
     assert "worker" not in str(caught.value)
 
 
+def test_a_data_set_without_captions_is_told_in_our_words(write: Callable[..., Path]) -> None:
+    dataset = open_dataset(write(lambda number: Sample(f"s{number}", {"jpg": jpeg(number)}), samples=24))
+    with pytest.raises(DataError, match=r": it has no caption$"):  # no place in the code
+        list(loader_of(dataset, workers=0))
+
+
 def test_one_of_several_captions_by_seed_and_epoch(write: Callable[..., Path]) -> None:
     dataset = open_dataset(write(many_captions))
     batch = joined(global_batches(dataset, world=2, workers=1, stop_step=31))  # ten epochs

@@ -126,10 +126,14 @@ def test_requests_that_make_no_sense_are_refused(trained: Path, data: Path, tmp_
     twice.mkdir()
     for name in ("0.tar", "1.tar"):
         (twice / name).write_bytes(tar_of({"a.jpg": picture(kind="JPEG"), "a.txt": b"text"}))
+    bare = tmp_path / "pictures"
+    write_shards(2, [Sample(key, {"jpg": picture(kind="JPEG")}) for key in "ab"].__getitem__, bare, processes=1)
     samples = [Sample("a", {"txt": b"text"})]
     write_shards(1, samples.__getitem__, tmp_path / "bare", processes=1)
     with pytest.raises(RequestError, match="--no-captions leaves classes"):
         score_samples(trained, tmp_path / "bare", tmp_path / "t.jsonl", captions=False)
+    with pytest.raises(RequestError, match=r"no sample of .* has a caption: --no-captions, with --classes FILE scores"):
+        score_samples(trained, bare, tmp_path / "t.jsonl")
     with pytest.raises(ValueError, match=r"1 key of .* several shards, 'a' in 0\.tar and 1\.tar, and rows of a table"):
         score_samples(trained, twice, tmp_path / "t.jsonl")
     assert not (tmp_path / "t.jsonl").exists()

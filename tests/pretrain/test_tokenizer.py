@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from data_pipeline import open_dataset
+from data_pipeline.errors import DataError
 from data_pipeline.sample import Sample
 from data_pipeline.shards import write_shards
 from pretrain.config import load_recipe
@@ -49,3 +50,16 @@ def test_a_tokenizer_that_is_given_has_its_own_size(tmp_path: Path) -> None:
     finally:
         stop_ranks(ranks)
     assert given.vocab_size == 1500
+
+
+def test_captions_that_no_run_reads_are_named(tmp_path: Path) -> None:
+    samples = [Sample(f"s{n}", {"jpg": b"x", "json": b'{"caption": "a dog"}'}) for n in range(3)]
+    write_shards(3, samples.__getitem__, tmp_path / "data", processes=0)
+    ranks = start_alone(torch.device("cpu"))
+    try:
+        with pytest.raises(
+            DataError, match=r"no sample of .* a caption \(there is 'caption', which is not read\): "
+        ):
+            tokenizer_of(load_recipe("quickstart"), open_dataset(tmp_path / "data"), None, ranks, save=False)
+    finally:
+        stop_ranks(ranks)
