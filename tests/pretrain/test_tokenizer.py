@@ -57,9 +57,7 @@ def test_captions_that_no_run_reads_are_named(tmp_path: Path) -> None:
     write_shards(3, samples.__getitem__, tmp_path / "data", processes=0)
     ranks = start_alone(torch.device("cpu"))
     try:
-        with pytest.raises(
-            DataError, match=r"no sample of .* a caption \(there is 'caption', which is not read\): "
-        ):
+        with pytest.raises(DataError, match=r"no sample of .* a caption \(there is 'caption', which is not read\): "):
             tokenizer_of(load_recipe("quickstart"), open_dataset(tmp_path / "data"), None, ranks, save=False)
     finally:
         stop_ranks(ranks)
