@@ -126,6 +126,14 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     return recipe_of(tree, name) if left_out else recipe
 
 
+def saved_recipe(path: Path) -> Recipe:
+    """The recipe that a run has written; that a key changes nothing is known better now and no fault of it.
+
+    Raises RequestError for a file that is no recipe.
+    """
+    return recipe_of(_read(path), str(path))
+
+
 def repeated(overrides: Sequence[str]) -> Iterator[str]:
     """A sentence for each key that overrides give several values: the last one counts."""
     given: dict[str, tuple[Any, str]] = {}

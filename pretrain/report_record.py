@@ -15,7 +15,7 @@ from typing import Any
 
 from data_pipeline.strict_json import read_json
 from pretrain.checkpoint.format import describe
-from pretrain.config import Recipe, load_recipe
+from pretrain.config import Recipe, saved_recipe
 from pretrain.errors import RequestError, WeftError
 from pretrain.metrics import EVALUATION, METRICS, read_lines
 from pretrain.quarantine import QUARANTINE
@@ -164,7 +164,7 @@ def read_run(run: Path) -> RunRecord:
     examples = _json(run / "examples.json")
     return RunRecord(
         run,
-        load_recipe(str((run / "config.yaml").absolute())),
+        saved_recipe(run / "config.yaml"),
         manifest if isinstance(manifest, dict) else {},
         _with_step(read_lines(run / METRICS)),
         _with_step(read_lines(run / EVALUATION)),

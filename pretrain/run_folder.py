@@ -22,7 +22,7 @@ from typing import Any
 from data_pipeline.index import written_whole
 from data_pipeline.strict_json import read_json
 from pretrain.checkpoint.format import Checkpoint, describe, description_problem, newest_first
-from pretrain.config import Recipe, load_recipe, recipe_of
+from pretrain.config import Recipe, recipe_of, saved_recipe
 from pretrain.errors import DivergedError, RequestError, WeftError
 from pretrain.parallel.layout import Layout
 from pretrain.relevance import rules_of
@@ -122,6 +122,15 @@ def _refuse_another_run(checkpoint: Checkpoint, recipe: Recipe, data_fingerprint
         raise RequestError(
             f"{run} was trained on other data than {recipe.data.train} now holds: give another run.dir, or that data"
         )
+
+
+def as_begun(recipe: Recipe, checkpoint: Checkpoint | None) -> Recipe:
+    """With the weights that a run began with, which a command that resumes it need not name, and may name others."""
+    if checkpoint is None:
+        return recipe
+    train = recipe_of(checkpoint.recipe, str(checkpoint.path)).train
+    began = {"init_from": train.init_from, "init_only": train.init_only}
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=began)})
 
 
 def begin(
@@ -230,7 +239,7 @@ def load_config(run: Path) -> Recipe:
     path = run / "config.yaml"
     if not path.is_file():
         raise RequestError(f"{run} is no run folder: there is no config.yaml in it")
-    return load_recipe(str(path))
+    return saved_recipe(path)
 
 
 def _git(folder: Path, *arguments: str) -> str:

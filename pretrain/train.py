@@ -63,6 +63,7 @@ def train(recipe: Recipe, command: str) -> int:
                 refuse_if_held(recipe.run.dir)
             recipe = with_layout(recipe, job.world)
             layout, dataset, test, checkpoint = check(recipe, job.world)
+            recipe = run_folder.as_begun(recipe, checkpoint)
             device = pick_device(recipe.run.device)
             if job.rank == 0:
                 held.enter_context(RunLock(recipe.run.dir))

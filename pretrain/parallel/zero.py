@@ -7,9 +7,10 @@ scale and the bias of the logits stay fp32 (`precision`).
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import torch
@@ -37,14 +38,15 @@ class Zero(Updater):
         add_up_sequence_pieces(model, ranks.tp_group)
         self._shared = on_both_ends(model)
         groups = parameter_groups(model, recipe.train.weight_decay)
-        self._engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=model,
-            # what DeepSpeed steps lies flat on the CPU
-            optimizer=adamw(groups, recipe.train, fused=ranks.device.type == "cpu" or None),
-            mpu=DeepSpeedGroups(ranks),
-            dist_init_required=False,
-            config=deepspeed_config(recipe, layout, sum(parameter.numel() for parameter in model.parameters())),
-        )
+        with redirect_stdout(io.StringIO()):  # runtime/utils.py:838 prints what memory bf16 takes, whatever is set
+            self._engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=model,
+                # what DeepSpeed steps lies flat on the CPU
+                optimizer=adamw(groups, recipe.train, fused=ranks.device.type == "cpu" or None),
+                mpu=DeepSpeedGroups(ranks),
+                dist_init_required=False,
+                config=deepspeed_config(recipe, layout, sum(parameter.numel() for parameter in model.parameters())),
+            )
         self.model = self._engine.module
 
     def close(self) -> None:

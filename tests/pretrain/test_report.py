@@ -354,6 +354,11 @@ def test_configuration_shows_differences_first(tmp_path: Path) -> None:
     assert '|objectives|[{"name": "contrastive", "weight": 1.0, "label_smoothing": 0.0}]|' in everything
 
 
+def test_a_key_that_was_found_to_change_nothing_later_is_no_fault_of_a_run(tmp_path: Path) -> None:
+    config = recipe().model_copy(update={"data": recipe().data.model_copy(update={"window": 4})})
+    assert "<code>data.window</code>" in report(run_folder(tmp_path / "r", [line(40)], config=config)).html
+
+
 def test_what_is_no_run_is_refused_by_what_is_missing(tmp_path: Path) -> None:
     out = tmp_path / "page.html"
     with pytest.raises(RequestError, match="nowhere is no run folder: there is no such folder"):

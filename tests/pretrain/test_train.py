@@ -25,11 +25,12 @@ from pretrain.checkpoint.format import (
     find_checkpoint,
 )
 from pretrain.checkpoint.warm_start import find_warm_start
-from pretrain.config import load_recipe
+from pretrain.config import load_recipe, recipe_of
 from pretrain.errors import RequestError, WeftError
 from pretrain.metrics import read_lines
 from pretrain.parallel.engine import Engine
 from pretrain.report import write_report
+from pretrain.run_folder import load_config
 from pretrain.signals import stop_on_signal
 from pretrain.train import train
 
@@ -220,8 +221,11 @@ def test_a_run_begins_with_the_weights_of_another(data: Path, finished: Path, tm
     tokenizers = [(each / "tokenizer.json").read_text() for each in (run, source)]
     assert tokenizers[0] == tokenizers[1]
     shutil.rmtree(source)  # from now on the run's own checkpoint counts
-    assert go(data, run, *more[:-1]) == 0
+    assert go(data, run, "train.init_from=elsewhere", *more[1:-1], "train.stop_at=2") == 0
+    assert go(data, run, *more[1:-1]) == 0, "it is not read when it resumes"
     assert describe(run).step == 12
+    for recipe in (load_config(run).train, recipe_of(describe(run).recipe, "").train):
+        assert recipe.init_from == source, "and what it began with is still said"
     assert json.loads((run / "manifest.json").read_text())["init_from"] == manifest["init_from"]
 
 
@@ -366,9 +370,12 @@ def test_everything_frozen_names_the_key(data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "layout", ["zero: 1", "zero: 2", "zero: 3", "zero: 3, offload: true", "zero: 1, offload: true"]
 )
-def test_the_temperature_stays_fp32_in_bf16(data: Path, tmp_path: Path, layout: str) -> None:
+def test_the_temperature_stays_fp32_in_bf16(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], layout: str
+) -> None:
     run = tmp_path / "run"
     assert go(data, run, "train.precision=bf16", f"layout={{{layout}}}", "train.lr=1e-4", "train.steps=8") == 0
+    assert capsys.readouterr().out == "", "DeepSpeed has its say of the memory"
     scales = [line["logit_scale"] for line in read_lines(run / "metrics.jsonl")]
     assert scales[0] == pytest.approx(14.3, abs=1e-5)
     assert len(set(scales)) == len(scales), "bf16 would round them to the same"
