@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import cache, partial
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +26,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pretrain.data_commands import data
+from pretrain.data_output import path_given, place_given
 from pretrain.errors import MemoryFullError, RequestError, WeftError, is_memory_full
 
 weft = typer.Typer(
@@ -39,18 +41,6 @@ bench = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True,
 weft.add_typer(data, name="data")
 weft.add_typer(checkpoints, name="checkpoint")
 weft.add_typer(bench, name="bench")
-
-
-def _given(text: str) -> str:
-    """The text of an option or an argument; a usage error for none, which a shell makes of an unset variable."""
-    if not text.strip():
-        raise typer.BadParameter("it is empty, but it must be a path")
-    return text
-
-
-def _path(text: str) -> Path:
-    return Path(_given(text))
-
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A built-in recipe or a YAML file.")]
 Overrides = Annotated[
@@ -172,11 +162,11 @@ def _say_repeated(sentences: Iterable[str]) -> None:
 @weft.command("eval")
 def evaluate(
     path: Annotated[
-        Path, typer.Argument(metavar="RUN|CHECKPOINT", parser=_path, help="A run folder, or a checkpoint.")
+        Path, typer.Argument(metavar="RUN|CHECKPOINT", parser=path_given, help="A run folder, or a checkpoint.")
     ],
     data_path: Annotated[
         str | None,
-        typer.Option("--data", metavar="PATH", parser=_given, help="Shards; default: the recipe's data.test."),
+        typer.Option("--data", metavar="PATH", parser=place_given, help="Shards; default: the recipe's data.test."),
     ] = None,
     task: Annotated[str, typer.Option(help="retrieval, zero_shot or captioning; all: what the model has.")] = "all",
     samples: Annotated[
@@ -207,13 +197,13 @@ def evaluate(
 
 @weft.command()
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", parser=_path, help="A run folder.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", parser=path_given, help="A run folder.")],
     other: Annotated[
         Path | None,
-        typer.Argument(metavar="[OTHER]", parser=_path, help="With --compare: the run to compare it with."),
+        typer.Argument(metavar="[OTHER]", parser=path_given, help="With --compare: the run to compare it with."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="PATH", parser=_path, help="Where to write; default: RUN/report.html.")
+        Path | None, typer.Option(metavar="PATH", parser=path_given, help="Where to write; default: RUN/report.html.")
     ] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Say whether RUN and OTHER read the same data in order; exit 1 if not.")
@@ -237,7 +227,7 @@ def report(
 
 @checkpoints.command()
 def show(
-    path: Annotated[Path, typer.Argument(metavar="PATH", parser=_path, help="A checkpoint, or a run folder.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", parser=path_given, help="A checkpoint, or a run folder.")],
     json_: Json = False,
 ) -> None:
     """Show what a checkpoint contains."""
@@ -267,7 +257,7 @@ def show(
 
 @checkpoints.command("verify")
 def verify_checkpoint(
-    path: Annotated[Path, typer.Argument(metavar="PATH", parser=_path, help="A checkpoint, or a run folder.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", parser=path_given, help="A checkpoint, or a run folder.")],
     json_: Json = False,
 ) -> None:
     """Read every byte and compare checksums; exit 1 if one is wrong."""
@@ -365,7 +355,7 @@ def bench_checkpoint(
 
 @bench.command("kernels")
 def bench_kernels(
-    out: Annotated[Path, typer.Option(metavar="DIR", parser=_path, help="Folder for the results.")] = Path(
+    out: Annotated[Path, typer.Option(metavar="DIR", parser=path_given, help="Folder for the results.")] = Path(
         "runs/bench-kernels"
     ),
     only: Annotated[str, typer.Option(metavar="NAME,...", help="Operations to measure; default: all.")] = "",
@@ -388,6 +378,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command line; returns the exit code. A user's mistake is one sentence on stderr."""
     # what libraries tell each other of deprecated names is not the user's to mend
     warnings.filterwarnings("ignore", module=r"(megatron|deepspeed|torch)\.")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a path need not be text
+            stream.reconfigure(errors="backslashreplace")
     try:
         line = _expanded(sys.argv[1:] if arguments is None else arguments)
         return int(_command_tree()(line, prog_name="weft", standalone_mode=False) or 0)
@@ -459,7 +452,7 @@ def _fail(sentence: str, code: int, lasting: bool = True) -> int:
     if not sentence.isprintable():  # names from data may hold what moves a terminal's cursor
         from data_pipeline.errors import printable
 
-        sentence = "\n".join(map(printable, sentence.splitlines()))
+        sentence = "\n".join(map(printable, sentence.split("\n")))
     try:
         job = this_job()
     except RequestError:  # which is not what this command has failed of, or is told already

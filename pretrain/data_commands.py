@@ -27,6 +27,8 @@ from pretrain.data_output import (
     Seed,
     ShardKeys,
     Sound,
+    path_given,
+    place_given,
     plural,
     print_json,
     progress_bar,
@@ -76,8 +78,12 @@ def synth(
 @data.command()
 def bake(
     # no Path, which would make one slash of the two in a URL
-    path: Annotated[str, typer.Argument(metavar="IN", help="As data.train, or the parent of train/ and test/.")],
-    out: Annotated[Path, typer.Argument(help="New folder; gets train/ and test/ where IN has them.")],
+    path: Annotated[
+        str, typer.Argument(parser=place_given, metavar="IN", help="As data.train, or the parent of train/ and test/.")
+    ],
+    out: Annotated[
+        Path, typer.Argument(parser=path_given, help="New folder; gets train/ and test/ where IN has them.")
+    ],
     short_side: Annotated[int, typer.Option(min=1, help="Short side of the resized images, pixels.")] = 256,
     quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality of the resized images.")] = 90,
     shard_keys: ShardKeys = False,
@@ -113,7 +119,9 @@ def bake(
 
 @data.command()
 def check(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder of tars, Parquet, or their parent.")],
+    path: Annotated[
+        str, typer.Argument(parser=place_given, metavar="PATH", help="Folder of tars, Parquet, or their parent.")
+    ],
     decode: Annotated[bool, typer.Option("--decode/--no-decode", help="Decode every picture and sound, too.")] = True,
     ranks: Annotated[int, typer.Option(min=1, help="Ranks to split over: is it even?")] = 1,
     workers: Annotated[int, typer.Option(min=1, help="Workers of each rank, likewise.")] = 1,
@@ -150,7 +158,10 @@ def check(
 @data.command()
 def stats(
     # no Path, which would make one slash of the two in a URL
-    path: Annotated[str, typer.Argument(metavar="PATH", help="As data.train, or the parent of train/ and test/.")],
+    path: Annotated[
+        str,
+        typer.Argument(parser=place_given, metavar="PATH", help="As data.train, or the parent of train/ and test/."),
+    ],
     samples: Annotated[
         int | None,
         typer.Option(min=1, help="Count at most so many samples, spread evenly; default: all where the index tells."),
@@ -171,8 +182,14 @@ def stats(
 
 @data.command()
 def preview(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder of shards, or the parent of train/ and test/.")],
-    out: Annotated[Path | None, typer.Option(help="HTML file to write; default: PATH/preview.html.")] = None,
+    path: Annotated[
+        str,
+        typer.Argument(parser=place_given, metavar="PATH", help="Folder of shards, or the parent of train/ and test/."),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(parser=path_given, help="HTML file to write; default: PATH/preview.html."),
+    ] = None,
     count: Annotated[int, typer.Option(min=1, help="Samples on the sheet.")] = 48,
     seed: Seed = 0,
     as_json: Json = False,
@@ -202,7 +219,9 @@ def preview(
 
 @data.command()
 def order(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder of shards, or a URL, as data.train.")],
+    path: Annotated[
+        str, typer.Argument(parser=place_given, metavar="PATH", help="Folder of shards, or a URL, as data.train.")
+    ],
     seed: Annotated[int, typer.Option(help="Seed of the order; a run's is run.seed.")] = 0,
     epoch: Annotated[int, typer.Option(min=0, help="Epoch to start in, from 0.")] = 0,
     start: Annotated[int, typer.Option(min=0, help="First place within that epoch, from 0.")] = 0,

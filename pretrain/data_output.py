@@ -22,7 +22,20 @@ if TYPE_CHECKING:
 
 SHOWN = 12  # problems, skipped sources or bars on a screen; --json has all
 
-Out = Annotated[Path, typer.Argument(help="New folder; gets the sub-folders train and test.")]
+
+def place_given(text: str) -> str:
+    """A path or a URL as it was given; BadParameter when it is empty: that would mean the current folder."""
+    if not text.strip():
+        raise typer.BadParameter("it is empty, as a shell variable is that was never set; give . for this folder")
+    return text
+
+
+def path_given(text: str) -> Path:
+    """The same, as a path."""
+    return Path(place_given(text))
+
+
+Out = Annotated[Path, typer.Argument(parser=path_given, help="New folder; gets the sub-folders train and test.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
 Processes = Annotated[int | None, typer.Option(min=0, help="Processes at work; default: one a core.")]
 ShardKeys = Annotated[

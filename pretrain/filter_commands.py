@@ -10,7 +10,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pretrain.data_output import SHOWN, Json, Processes, ShardKeys, plural, print_json, progress_bar, show_more
+from pretrain.data_output import (
+    SHOWN,
+    Json,
+    Processes,
+    ShardKeys,
+    path_given,
+    place_given,
+    plural,
+    print_json,
+    progress_bar,
+    show_more,
+)
 from pretrain.import_commands import Ray
 
 if TYPE_CHECKING:
@@ -19,8 +30,8 @@ if TYPE_CHECKING:
 
 def filter_command(
     # no Path, which would make one slash of the two in a URL
-    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder of shards.")],
-    out: Annotated[Path, typer.Argument(help="New folder for what is kept, and filters.json.")],
+    path: Annotated[str, typer.Argument(parser=place_given, metavar="PATH", help="Folder of shards.")],
+    out: Annotated[Path, typer.Argument(parser=path_given, help="New folder for what is kept, and filters.json.")],
     steps: Annotated[
         list[str] | None,
         typer.Option(
@@ -30,7 +41,8 @@ def filter_command(
         ),
     ] = None,
     against: Annotated[
-        Path | None, typer.Option(metavar="TEST", help="Test set: what duplicates find there leaves PATH.")
+        Path | None,
+        typer.Option(parser=path_given, metavar="TEST", help="Test set: what duplicates find there leaves PATH."),
     ] = None,
     shard_keys: ShardKeys = False,
     processes: Processes = None,
@@ -72,13 +84,16 @@ def filter_command(
 
 
 def score_command(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or a run folder.")],
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder of shards.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="New file for the table.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(parser=path_given, metavar="CHECKPOINT", help="A checkpoint, or a run folder.")
+    ],
+    path: Annotated[Path, typer.Argument(parser=path_given, metavar="PATH", help="Folder of shards.")],
+    out: Annotated[Path, typer.Argument(parser=path_given, metavar="OUT.jsonl", help="New file for the table.")],
     classes: Annotated[
         Path | None,
         typer.Option(
-            help="Classes: a text file with one a line, or the data set whose labels they are; default: PATH."
+            parser=path_given,
+            help="Classes: a text file with one a line, or the data set whose labels they are; default: PATH.",
         ),
     ] = None,
     captions: Annotated[

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pretrain.data_output import Json, Out, Processes, Seed, Sound, progress_bar, show_written
+from pretrain.data_output import Json, Out, Processes, Seed, Sound, path_given, progress_bar, show_written
 
 if TYPE_CHECKING:
     from data_pipeline.importers.split import Imported
@@ -36,7 +36,8 @@ NewShare = Annotated[
 ]
 Licence = Annotated[str | None, typer.Option(help="Licence of the samples for which the data set tells none.")]
 Media = Annotated[
-    Path | None, typer.Option(help="Folder of the images or sounds; default: where the data set has them.")
+    Path | None,
+    typer.Option(parser=path_given, help="Folder of the images or sounds; default: where the data set has them."),
 ]
 Ray = Annotated[
     str | None,
@@ -64,7 +65,7 @@ PUBLISHED = {
 
 @importers.command("folder")
 def import_folder_command(
-    path: Annotated[Path, typer.Argument(help="Folder of images.")],
+    path: Annotated[Path, typer.Argument(parser=path_given, help="Folder of images.")],
     out: Out,
     licence: Licence = None,
     test_share: NewShare = None,
@@ -92,7 +93,7 @@ def import_folder_command(
 
 @importers.command("table")
 def import_table_command(
-    file: Annotated[Path, typer.Argument(help="The table.")],
+    file: Annotated[Path, typer.Argument(parser=path_given, help="The table.")],
     out: Out,
     image_column: Annotated[str | None, typer.Option(help="Column of the images; default: found by name.")] = None,
     caption_column: Annotated[str | None, typer.Option(help="Column of the captions; default: found by name.")] = None,
@@ -133,7 +134,8 @@ def import_tuxpaint_command(
     test_share: TestShare = 0.2,
     seed: Seed = 0,
     package: Annotated[
-        Path | None, typer.Option(help="The .deb of tuxpaint-stamps-default; default: downloaded.")
+        Path | None,
+        typer.Option(parser=path_given, help="The .deb of tuxpaint-stamps-default; default: downloaded."),
     ] = None,
     sound: Sound = True,
     processes: Processes = None,
@@ -171,7 +173,9 @@ def _add_published(name: str, meaning: str) -> None:
     """Make the command of one published data set: all of them take the same options."""
 
     def command(
-        source: Annotated[Path, typer.Argument(help="Folder of the data set, or its annotation file.")],
+        source: Annotated[
+            Path, typer.Argument(parser=path_given, help="Folder of the data set, or its annotation file.")
+        ],
         out: Out,
         media: Media = None,
         licence: Licence = None,

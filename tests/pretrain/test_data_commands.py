@@ -1,14 +1,17 @@
 """`weft data`: exit codes, one JSON object on stdout, and that it tells what the functions below it found."""
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
 from tars import picture, tar_of
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from data_pipeline.errors import DataError
@@ -16,7 +19,7 @@ from data_pipeline.index import load_index
 from data_pipeline.order import Order
 from data_pipeline.reader import open_dataset
 from data_pipeline.remote import Cache
-from pretrain.cli import main
+from pretrain.cli import main, weft
 from pretrain.data_commands import data, datasets_in
 
 TINY = [
@@ -199,6 +202,67 @@ def test_no_command_prints_control_characters(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "s\x1b.tar").write_bytes(b"no tar")
     assert main(["data", "stats", str(tmp_path)]) == 1
     assert capsys.readouterr().err.strip().isprintable()
+
+
+@pytest.mark.parametrize("command", ["stats", "check", "preview", "order"])
+def test_a_folder_whose_name_is_no_text_is_told_all_the_same(parent: Path, tmp_path: Path, command: str) -> None:
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.rename(parent / "train", folder)
+    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pretrain.cli", "data", command, folder], capture_output=True, env=strict
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert command == "order" or b"caf\\udce9" in done.stdout
+
+
+def test_a_sentence_with_separators_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "stats", str(tmp_path / "a\u2028b\x85c\rd")]) == 2
+    assert "a\\u2028b\\x85c\\rd: there is no such folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["data", command, ""] for command in ("stats", "check", "preview", "order", "synth")),
+        *(["data", command, *paths] for command in ("bake", "filter") for paths in (["", "x"], ["x", ""])),
+        *(["data", "score", *paths] for paths in (["", "x", "x"], ["x", "", "x"], ["x", "x", ""])),
+        ["data", "score", "x", "x", "x", "--classes", ""],
+        ["data", "filter", "x", "x", "--against="],
+        ["data", "preview", "x", "--out="],
+        *(["data", "import", each, *paths] for each in ("folder", "table", "coco") for paths in (["", "x"], ["x", ""])),
+        ["data", "import", "coco", "x", "x", "--media", " "],
+        ["data", "import", "tuxpaint", ""],
+        ["data", "import", "tuxpaint", "x", "--package="],
+        *([*command, ""] for command in (["eval"], ["report"], ["checkpoint", "show"], ["checkpoint", "verify"])),
+        ["eval", "x", "--data="],
+        ["report", "x", "--out="],
+        ["report", "--compare", "x", ""],
+        ["bench", "kernels", "--out="],
+    ],
+)
+def test_an_empty_path_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    assert "it is empty, as a shell variable is that was never set" in capsys.readouterr().err
+    assert not os.listdir(tmp_path)
+
+
+def test_every_path_of_a_command_line_is_read_by_what_refuses_an_empty_one() -> None:
+    def commands_in(command: Any) -> Iterator[Any]:
+        yield command
+        for below in getattr(command, "commands", {}).values():
+            yield from commands_in(below)
+
+    unread = []
+    for command in commands_in(get_command(weft)):
+        for name, hint in get_type_hints(command.callback, include_extras=True).items() if command.callback else ():
+            kind, *given = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+            if (kind in (Path, Path | None) or name == "path") and not any(each.parser for each in given):
+                unread.append(f"{command.name} {name}")
+    assert not unread, "these lack parser=path_given"
 
 
 def test_what_check_cannot_check_is_said(capsys: pytest.CaptureFixture[str]) -> None:
