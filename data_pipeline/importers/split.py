@@ -172,6 +172,13 @@ def write_split(
         written = _write_sets(out, sets, read, origin, Workers(processes, on, reads), progress)
     told = next(part for part in reversed(PARTS) if part in written)  # train, where there is one
     written[told] = replace(written[told], skipped=(*skipped, *unreadable, *written[told].skipped))
+    left = sorted(folder.name for folder in out.glob(".*.unfinished"))
+    if left:
+        notes = [
+            *notes,
+            f"{out} also holds what an interrupted import has left that was asked for otherwise, or whose source has "
+            f"changed: remove {', '.join(left)}",
+        ]
     return Imported(written.get("train"), written.get("test"), written.get("val"), tuple(notes))
 
 

@@ -349,6 +349,15 @@ def test_an_import_killed_between_its_sets_goes_on(tmp_path):
     assert times_in(tmp_path / "out/test") | times_in(tmp_path / "out/val") == before
 
 
+def test_what_an_interrupted_import_of_another_request_has_left_is_told(tmp_path):
+    left = tmp_path / "out/.train.0123-1000.unfinished"
+    left.mkdir(parents=True)
+    imported = write_numbers(tmp_path / "out", published(range(9)), request_of(tmp_path))
+    assert left.is_dir()
+    (note,) = imported.notes
+    assert note.endswith(f"or whose source has changed: remove {left.name}")
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
