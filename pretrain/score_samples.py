@@ -33,8 +33,10 @@ from data_pipeline import (
     open_dataset,
     sequential_batches,
 )
+from data_pipeline.importers.annotations import read_lines
 from data_pipeline.index import written_whole
 from data_pipeline.keys import refuse_equal_keys
+from data_pipeline.sample import trimmed
 from pretrain import load_model
 from pretrain.config import Recipe
 from pretrain.errors import RequestError, WeftError
@@ -98,9 +100,9 @@ def score_samples(
 
 
 def _class_names(classes: Path | None, dataset: Dataset) -> tuple[str, ...]:
-    """The names of the classes, sorted, each once; RequestError when the user's are none."""
+    """The names of the classes, sorted, each once; RequestError when the user's are none, DataError for no UTF-8."""
     if classes is not None and classes.is_file():
-        found = {line.strip() for line in classes.read_text(encoding="utf-8").splitlines()} - {""}
+        found = set(map(trimmed, read_lines(classes))) - {""}
     else:
         labelled = dataset if classes is None else open_dataset(classes)
         found = labels_of(labelled, range(len(labelled)))  # what cannot be read is told where its scores are missing

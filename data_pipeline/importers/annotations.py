@@ -293,7 +293,7 @@ def _told(where: object) -> Iterator[None]:
     except DataError:
         raise
     except UnicodeDecodeError as error:
-        raise DataError(f"{where} is not UTF-8 ({error})") from error
+        raise DataError(f"{where} is not UTF-8 ({error}): save it as UTF-8") from error
     except csv.Error as error:
         raise DataError(f"{where} is damaged: {csv_reason(error)}") from error
     except (ValueError, RecursionError) as error:

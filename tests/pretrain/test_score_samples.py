@@ -12,6 +12,7 @@ from tars import picture, tar_of
 from typer.testing import CliRunner
 
 from data_pipeline import ImageTransform, Sample, decode_image, open_dataset, write_shards
+from data_pipeline.errors import DataError
 from data_pipeline.filters import parse_steps, run_filters
 from data_pipeline.scenes.synth import synthesise
 from pretrain import load_model
@@ -47,7 +48,7 @@ def data(trained: Path, tmp_path: Path) -> Path:
 
 
 def rows_of(table: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in table.read_text().splitlines()]
+    return [json.loads(line) for line in table.read_text(encoding="utf-8").strip().split("\n")]
 
 
 def test_a_row_is_what_the_model_says_of_the_sample_alone(trained: Path, data: Path, tmp_path: Path) -> None:
@@ -85,9 +86,9 @@ def test_a_row_is_what_the_model_says_of_the_sample_alone(trained: Path, data: P
 
 
 def test_pictures_alone_are_scored_by_classes_of_a_file(trained: Path, data: Path, tmp_path: Path) -> None:
-    (tmp_path / "classes.txt").write_text("red star\n\nblue circle\nred star\n")
+    (tmp_path / "classes.txt").write_text("\ufeffred star\r\n\nblue\u2028circle\nred star\n", encoding="utf-8")
     scored = score_samples(trained, data, tmp_path / "t.jsonl", classes=tmp_path / "classes.txt", captions=False)
-    assert scored.classes == ("blue circle", "red star")
+    assert scored.classes == ("blue\u2028circle", "red star")
     rows = rows_of(tmp_path / "t.jsonl")
     assert "no caption" in {row["key"] for row in rows}
     assert {tuple(row) for row in rows} == {("key", "label", "confidence", "uncertainty")}
@@ -120,6 +121,9 @@ def test_requests_that_make_no_sense_are_refused(trained: Path, data: Path, tmp_
         score_samples(trained, data, tmp_path / "there.jsonl")
     with pytest.raises(RequestError, match=r"one\.txt names 1 of them"):
         score_samples(trained, data, tmp_path / "t.jsonl", classes=tmp_path / "one.txt")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\ndog\n")
+    with pytest.raises(DataError, match=r"latin\.txt is not UTF-8 .*: save it as UTF-8"):
+        score_samples(trained, data, tmp_path / "t.jsonl", classes=tmp_path / "latin.txt")
     with pytest.raises(RequestError, match="no checkpoint"):
         score_samples(tmp_path, data, tmp_path / "t.jsonl")
     twice = tmp_path / "twice"

@@ -256,6 +256,7 @@ def test_missing_tools_are_named(tmp_path, monkeypatch):
 def test_captions_of_a_stamp():
     text = "\ufeffA frog.  \n\naf.utf8='n Padda = een.\nzz.utf8=\nnonsense\nen.utf8=no\nsr@latin.utf8=Žaba.\n"
     assert read_captions(text.encode()) == {"en": "A frog.", "af": "'n Padda = een.", "sr@latin": "Žaba."}
+    assert read_captions("A\u2028frog.\r\naf.utf8=n\x85Padda\n".encode()) == {"en": "A\u2028frog.", "af": "n\x85Padda"}
     assert read_captions(b"") == {}
     with pytest.raises(DataError):
         read_captions(b"\xff")
