@@ -26,6 +26,7 @@ Skip = Callable[[str, str], None]  # told of a row that is left out: (where it s
 
 LONGEST_VALUE = 1 << 24  # characters of one value in a CSV; the csv module's own limit is 131072
 LONGEST_MEMBER = 1 << 26  # characters of one member of a JSON object that is read bit by bit
+FILES = frozenset((*IMAGE_NAMES, *OTHER_IMAGES, *SOUND_NAMES))  # extensions
 SWALLOWED = (
     "a quote closes there that was opened rows before, with a row inside it ({!r}): write a quote in a text twice"
 )
@@ -85,7 +86,7 @@ def json_lines(path: Path, skip: Skip | None = None) -> Iterator[tuple[str, dict
             if not line.strip():
                 continue
             try:
-                tree = json.loads(line, object_pairs_hook=unique_names)
+                tree = json.loads(line.rstrip("\r\n"), object_pairs_hook=unique_names)
             except (ValueError, RecursionError) as error:
                 skip(where, f"is not JSON, damaged or cut short ({json_reason(error)})")
                 continue
@@ -193,12 +194,11 @@ def swallowed_row(
     a name in this row. Where that has none, more than two cells will do, or one that is the `known` name of a file.
     """
     extension = extension_of(alike.strip())
-    extensions = {*IMAGE_NAMES, *OTHER_IMAGES, *SOUND_NAMES, *([extension] if extension else [])}
     for cell in cells:
         for line in lines_of(cell)[1:]:
             inner = [each.strip(" \"'") for each in line.split(delimiter)]
             if len(inner) >= columns and (
-                any(extension_of(each) in extensions for each in inner)
+                any((ends := extension_of(each)) in FILES or (ends and ends == extension) for each in inner)
                 or (not extension and (columns > 2 or any(map(known, inner))))
             ):
                 return line
@@ -252,6 +252,8 @@ def json_reason(error: Exception) -> str:
         return "it is nested too deep"
     if "integer string conversion" in str(error):
         return "it holds a number with more digits than can be read"
+    if isinstance(error, json.JSONDecodeError) and "\n" not in error.doc:
+        return f"{error.msg.removesuffix(' at')} at character {error.pos + 1}"
     return str(error)
 
 

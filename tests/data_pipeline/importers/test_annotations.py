@@ -56,7 +56,13 @@ def test_a_bad_line_is_handed_on_with_its_number_and_the_next_is_read(tmp_path):
     read = [tree["a"] for _, tree in json_lines(path, lambda *skip: told.append(skip))]
     assert read == ["one\u2028\x85 line", 2]
     assert [where.rpartition(" ")[2] for where, _ in told] == [str(number) for number in bad]
-    words = ("Expecting ',' delimiter", "holds a list", "nested too deep", "more digits", "'a' stands twice")
+    words = (
+        "Expecting ',' delimiter at character 8)",
+        "holds a list",
+        "nested too deep",
+        "more digits",
+        "'a' stands twice",
+    )
     assert all(word in reason for word, (_, reason) in zip(words, told, strict=True))
     assert all("sys.set_int_max_str_digits" not in reason for _, reason in told)
 

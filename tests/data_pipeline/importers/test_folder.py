@@ -279,7 +279,7 @@ def test_a_bad_line_of_json_costs_itself_and_is_told(put, run, also):
     assert [sample.captions()[0] for sample in samples.values()] == ["caption 0", "caption 2"]
     assert skipped.pop("1.png") == "has no caption (others here have)"
     assert list(skipped) == [f"metadata.jsonl: line {number}" for number in (3, 4, 5)]
-    assert "Expecting ',' delimiter" in skipped["metadata.jsonl: line 3"]
+    assert "Expecting ',' delimiter at character" in skipped["metadata.jsonl: line 3"]
     assert "more digits than can be read" in skipped["metadata.jsonl: line 4"]
 
 
