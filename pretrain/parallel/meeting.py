@@ -50,7 +50,7 @@ def meet(job: Job, patience: float, same: Mapping[str, str] | None = None) -> di
             all_here = all_here or store.add("here", 0) >= job.world
             if all_here and job.rank == 0:
                 told = _differs(store, job)
-                store.set(*(("failed", told) if told else ("met", "")))
+                store.set("failed" if told else "met", told)
                 continue
             if time.monotonic() > end + (SPEAKS if all_here else 0):
                 missing = [rank for rank in range(job.world) if not store.check([f"rank {rank}"])] or [0]

@@ -146,7 +146,7 @@ def test_a_task_that_there_is_none_of_is_refused(mistake: Any, tmp_path: Path) -
         (["train", "quickstart", "--nproc", "two"], ["--nproc", "integer"]),
         (["eval", "run", "--samples", "1"], ["--samples", "greater than or equal to 2"]),
         (["checkpoint", "nosuch"], ["nosuch", "checkpoint --help"]),
-        (["eval", "run", "--data", ""], ["'--data': it is empty, but it must be a path", "eval --help"]),
+        (["eval", "run", "--data", ""], ["'--data': it is empty, as a shell variable", "eval --help"]),
         (["eval", " "], ["RUN|CHECKPOINT", "it is empty"]),
         (["report", ""], ["RUN", "it is empty"]),
         (["report", "run", "", "--compare"], ["OTHER", "it is empty"]),
