@@ -44,7 +44,7 @@ def parse(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         raise ValueError(_sentence(error, "\n" in text)) from None
     except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).replace('in "<unicode string>", ', "").split())) from None
+        raise ValueError(" ".join(str(error).replace('in "<unicode string>",', "at").split())) from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

@@ -44,7 +44,10 @@ weft.add_typer(bench, name="bench")
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A built-in recipe or a YAML file.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of the recipe, such as train.lr=1e-3.")
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Overrides of the recipe: train.lr=1e-3, 'train={lr: 1e-3, warmup: 50}'."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
-from pretrain.checkpoint.format import Checkpoint, describe
+from pretrain.checkpoint.format import Checkpoint, describe, description_problem
 from pretrain.config import Recipe, recipe_of
 from pretrain.errors import RequestError, WeftError
 
@@ -54,7 +54,10 @@ class WarmStart:
 
 
 def find_warm_start(recipe: Recipe) -> WarmStart | None:
-    """What train.init_from and train.init_only name; None without. Raises RequestError for what is not there."""
+    """What train.init_from and train.init_only name; None without.
+
+    Raises RequestError for what is not there or of another model, WeftError for a changed `checkpoint.json`.
+    """
     settings = recipe.train
     if settings.init_from is None:
         return None
@@ -62,6 +65,8 @@ def find_warm_start(recipe: Recipe) -> WarmStart | None:
         found = WarmStart(describe(settings.init_from.expanduser()), settings.init_only)
     except WeftError as error:
         raise RequestError(f"train.init_from: {error}") from error
+    if not found.checkpoint.description_is_whole:
+        raise WeftError(f"train.init_from: {description_problem(found.checkpoint)}")
     for prefix in settings.init_only:
         if not any(name.startswith(prefix) for name in found.checkpoint.parameters):
             raise RequestError(

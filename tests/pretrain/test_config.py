@@ -362,6 +362,7 @@ def test_a_bad_override_is_quoted(override: str, words: list[str], tmp_path: Pat
         (b"data:\n\ttrain: x\n", ["line 2: a tab stands before a value: indent with spaces"]),
         (b"data: {train: x}\n---\ndata: {}\n", ["line 2: a second document begins (---): keep one"]),
         (b"data: {train: x\ntrain: 5\n", ["line 2: while parsing a flow mapping, expected ',' or '}'"]),
+        (b"data: {train: x}\x00", ["special characters are not allowed at position 16"]),
         (BOMB, ["its aliases stand for more than 100,000 values"]),
         (b"data: {train: x}\ntrain.lr: 1e-2\n", ["'train.lr' has dots", "write it nested, train: {lr: ...}"]),
         (b"data: {train: x}\nmodel: {text.heads: 2}\n", ["nested, model: {text: {heads: ...}}"]),

@@ -341,6 +341,10 @@ def test_weights_that_are_not_finite_are_refused_at_once(data: Path, finished: P
     with pytest.raises(RequestError, match=r"text\.projection\.weight in .* has numbers that are not finite"):
         go(data, tmp_path / "run", *more)
     assert go(data, tmp_path / "part", *more, "train.init_only=[vision.]") == 0
+    tree["recipe"]["model"]["text"]["heads"] = 4
+    (source / "checkpoint.json").write_text(json.dumps(tree))
+    with pytest.raises(WeftError, match=r"train\.init_from: .*checkpoint\.json is damaged"):
+        go(data, tmp_path / "run", *more, "model.text.heads=4")
 
 
 def test_a_checkpoint_of_a_skipped_step_pushes_none_out(data: Path, tmp_path: Path) -> None:
