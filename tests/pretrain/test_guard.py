@@ -34,7 +34,7 @@ def test_a_run_ends_after_too_many_bad_steps_in_a_row() -> None:
     assert guard.skipped == 4
     with pytest.raises(
         WeftError,
-        match=r"step 7: the loss is nan and the gradient norm inf; the last 3 steps were skipped.*is no checkpoint",
+        match=r"step 7: the loss is nan and the gradient norm inf; the last 3 steps were skip.*is no good checkpoint",
     ):
         guard.judge(stepped(math.nan, math.inf), 7)
 
