@@ -181,10 +181,14 @@ def check_text(shard: str, sample: Sample, offsets: dict[str, int | None]) -> tu
         try:
             mine = [text for _, texts in alone.written_captions() for text in texts]
             label |= alone.label() is not None or bool(alone.questions())
+            odd = alone.odd_label()
         except DataError as error:
             readable = False
             found.append(Problem("error", shard, offsets[name], sample.key, str(error)))
             continue
+        if odd:
+            reason = f"the label in the {name} field is neither text nor a whole number ({odd}), and is read as none"
+            found.append(Problem("warning", shard, offsets[name], sample.key, reason))
         if not captions:  # those of the json field are read instead of the txt field
             found += [
                 Problem("warning", shard, offsets[name], sample.key, f"caption {number} in the {name} field is empty")

@@ -103,20 +103,20 @@ class Sample:
         return [pair for pair in pairs if all(map(trimmed, pair))]
 
     def label(self) -> str | None:
-        """The class name in the json field; None when there is none.
+        """The class name in the json field; None when there is none, or what is there names no class (`odd_label`)."""
+        label = self.metadata().get("label")
+        if label is None or self.odd_label():
+            return None
+        return trimmed(_storable(str(label), self.key)) or None
 
-        Raises DataError when it is neither text nor a whole number: null aside, no other value names a class.
+    def odd_label(self) -> str:
+        """What kind of value the label is if it names no class; "" for text, a whole number, and none at all.
+
+        Lists of labels, boxes and NaN stand there in sets of other uses, whose captions are good all the same.
         """
         label = self.metadata().get("label")
-        if label is None:
-            return None
         whole = type(label) is int or (isinstance(label, float) and label.is_integer())  # True is an int, too
-        if not isinstance(label, str) and not whole:
-            kind = type(label).__name__
-            raise DataError(
-                f"the json field of sample {self.key!r} has a label that is neither text nor a whole number ({kind})"
-            )
-        return trimmed(_storable(str(label), self.key)) or None
+        return "" if label is None or isinstance(label, str) or whole else type(label).__name__
 
 
 @dataclass(frozen=True)

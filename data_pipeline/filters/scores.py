@@ -131,7 +131,7 @@ class PseudoLabels(SampleStep):
         return super().options() | {"table_sha256": _digest(self.table)}
 
     def look(self, sample: Sample) -> Outcome:
-        if sample.label() is not None:
+        if sample.label() is not None or sample.odd_label():
             return None
         confidence = read_column(self.table, self.column).get(sample.key)
         label = read_texts(self.table, self.label).get(sample.key)

@@ -15,6 +15,7 @@ from tars import BLOCK, picture, special, tar_of
 from data_pipeline.check import CheckReport, Problem, check_dataset
 from data_pipeline.errors import DataError
 from data_pipeline.index import INDEX_FILE, load_index, table_path
+from data_pipeline.stats import dataset_stats
 
 
 def wave_of_nans() -> bytes:
@@ -92,7 +93,6 @@ def test_a_check_writes_nothing_and_needs_no_index(tmp_path: Path) -> None:
         ("bad.json", b'{"captions": [1]}', "captions that are not a list of texts"),
         ("bad.json", rb'{"captions": ["\ud800"]}', "not Unicode"),
         ("bad.json", rb'{"label": "\ud800"}', "not Unicode"),
-        ("bad.json", b'{"label": NaN}', "a label that is neither text nor a whole number"),
         ("bad.json", b'{"label": 1, "label": 2}', "the name 'label' stands twice"),
         *(
             ("bad.json", f'{{"qa": {qa}}}'.encode(), words)
@@ -115,6 +115,18 @@ def test_bad_fields_are_errors_with_their_place(tmp_path: Path, name: str, data:
     assert problem.byte == place_of(folder, name)
     assert words in problem.reason
     assert not check(folder).ok
+
+
+def test_a_label_that_names_no_class_is_a_warning(tmp_path: Path) -> None:
+    """Captions beside it are good: sets with several labels an image train and are scored by their captions."""
+    files = good(0) | {"odd.png": picture(), "odd.json": b'{"captions": ["a cat and a dog"], "label": ["cat", "dog"]}'}
+    folder = dataset(tmp_path, files)
+    found = check(folder)
+    assert found.ok
+    assert [(p.severity, p.key, p.reason) for p in found.problems] == [
+        ("warning", "odd", "the label in the json field is neither text nor a whole number (list), and is read as none")
+    ]
+    assert dataset_stats(folder).unreadable == 0
 
 
 def bomb(side: int) -> bytes:

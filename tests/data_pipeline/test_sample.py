@@ -94,6 +94,7 @@ def test_captions_that_are_no_list_of_texts(captions: Any) -> None:
 def test_label() -> None:
     assert with_json({"label": "red cat"}).label() == "red cat"
     assert with_json({"label": 0}).label() == "0"
+    assert with_json({"label": 0}).odd_label() == ""
     assert with_json({"label": 1, "similarity": float("nan")}).label() == "1"
     assert with_json({"label": None}).label() is None
     assert with_json({}).label() is None
@@ -102,8 +103,9 @@ def test_label() -> None:
 
 @pytest.mark.parametrize("label", [float("nan"), float("inf"), 0.5, True, False, [], ["a", "b"], {"name": "cat"}])
 def test_a_label_that_names_no_class(label: Any) -> None:
-    with pytest.raises(DataError, match="'some/key' has a label that is neither text nor a whole number"):
-        with_json({"captions": ["x"], "label": label}).label()
+    sample = with_json({"captions": ["x"], "label": label})
+    assert (sample.label(), sample.odd_label()) == (None, type(label).__name__)
+    assert sample.captions() == ("x",)
 
 
 @pytest.mark.parametrize(
