@@ -22,6 +22,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from pretrain.errors import RequestError
+from pretrain.recipe_yaml import parse
 from pretrain.relevance import Ignored, ignored
 from pretrain.sections import Checkpoint, Data, Eval, Kernels, LayoutConfig, Model, Objective, Run, Section, Train
 
@@ -207,7 +208,7 @@ def _find(name: str) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        tree = _parse(path.read_text(encoding="utf-8-sig"), str(path))
+        tree = parse(path.read_text(encoding="utf-8-sig"), str(path))
     except RequestError:
         raise
     except ValueError as error:
@@ -216,16 +217,6 @@ def _read(path: Path) -> dict[str, Any]:
         held = {list: "a list", type(None): "nothing"}.get(type(tree), "a single value")
         raise RequestError(f"{path} holds {held}, but a recipe is a tree of keys (data: {{train: ...}})")
     return {key: _whole_section(key, value) for key, value in tree.items()}
-
-
-def _parse(text: str, where: str) -> Any:
-    """As strict_yaml.parse, with a RequestError for YAML that weft does not take."""
-    from data_pipeline.strict_yaml import RefusedYamlError, parse  # a second or two, which `weft data --help` spares
-
-    try:
-        return parse(text, where)
-    except RefusedYamlError as error:
-        raise RequestError(str(error)) from None
 
 
 def _lay_over(tree: dict[str, Any], override: str) -> set[str]:
@@ -252,7 +243,7 @@ def _parted(override: str) -> tuple[str, Any]:
     if not equals or not dotted:
         raise RequestError(f"override {override!r} is not of the form key=value")
     try:
-        return dotted, _whole_section(dotted, _parse(text, f"override {override!r}") if text else None)
+        return dotted, _whole_section(dotted, parse(text, f"override {override!r}") if text else None)
     except RequestError:
         raise
     except ValueError as error:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -22,6 +23,7 @@ from pretrain.data_output import (
     progress_bar,
     show_more,
 )
+from pretrain.errors import RequestError
 from pretrain.import_commands import Ray
 
 if TYPE_CHECKING:
@@ -70,7 +72,7 @@ def filter_command(
         report = run_filters(
             folder,
             out,
-            parse_steps(steps),
+            parse_steps(step_items(steps)),
             against=against,
             shard_keys=shard_keys,
             processes=processes,
@@ -81,6 +83,32 @@ def filter_command(
         print_json({"path": str(out), **report.as_tree()})
     else:
         show_report(out, report)
+
+
+def step_items(words: Iterable[str]) -> list[Any]:
+    """What `--steps` names, in order: a YAML file stands for the list of steps in it.
+
+    Raises FileNotFoundError for a file that is not there, ValueError for one that holds no list.
+    """
+    from pretrain.recipe_yaml import parse
+
+    items: list[Any] = []
+    for word in words:
+        if not word.endswith((".yaml", ".yml")):
+            items.append(word)
+            continue
+        if not Path(word).is_file():
+            raise FileNotFoundError(f"there is no file of filter steps {word}")
+        try:
+            tree = parse(Path(word).read_text(encoding="utf-8-sig"), word)
+        except RequestError:
+            raise
+        except ValueError as error:
+            raise ValueError(f"{word} is not YAML: {error}") from error
+        if not isinstance(tree, list) or not tree:
+            raise ValueError(f"{word} holds no list of steps: write lines such as `- captions: {{min_words: 3}}`")
+        items += tree
+    return items
 
 
 def score_command(

@@ -10,7 +10,7 @@ rest: it looks at all samples in parallel, decides, writes what is kept, and cou
   step.py              what a step is
   look.py run.py       one pass over all samples; deciding, writing
   report.py            what came of it
-  parse.py             steps from a command line or a YAML file; the list of all of them, `STEPS`
+  parse.py             steps from words or from what YAML holds; the list of all of them, `STEPS`
   duplicates.py        equal pictures or captions, in the set and with a test set
   near_duplicates.py hamming.py        pictures that look the same
   captions.py language.py texts.py     what captions must be like; reading and changing texts of a sample

@@ -1,10 +1,10 @@
-"""Steps from words: "captions:min_words=3,max_words=60" on a command line, or a list in a YAML file.
+"""Steps from words: "captions:min_words=3,max_words=60", or from what a list in YAML holds.
 
     - image-size: {min_side: 64}
     - near-duplicates
     - personal-data: {action: mask, kinds: [email, phone]}
 
-An option is a field of the step's dataclass; on a command line, the parts of a list are joined by "+".
+An option is a field of the step's dataclass; in a word, the parts of a list are joined by "+".
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from data_pipeline.filters.near_duplicates import NearDuplicates
 from data_pipeline.filters.personal_data import PersonalData
 from data_pipeline.filters.scores import PseudoLabels, Scores, TopScores
 from data_pipeline.filters.step import Step
-from data_pipeline.strict_yaml import RefusedYamlError, parse
 
 _ALL = (
     Captions,
@@ -42,18 +41,12 @@ _ALL = (
 STEPS: dict[str, type[Step]] = {step.name: step for step in _ALL}  # type: ignore[type-abstract]  # all are whole
 
 
-def parse_steps(words: Iterable[str]) -> list[Step]:
-    """The steps that `words` name, each of them a step, or a YAML file with a list of steps; in order.
+def parse_steps(items: Iterable[str | dict[str, Any]]) -> list[Step]:
+    """The steps that `items` name, in order: each a word, or {name: options} as YAML has it.
 
-    Raises ValueError for a step, an option or a value that there is not, FileNotFoundError for a missing file.
+    Raises ValueError for a step, an option or a value that there is not.
     """
-    steps: list[Step] = []
-    for word in words:
-        if word.endswith((".yaml", ".yml")):
-            steps += _from_file(Path(word))
-        else:
-            steps.append(_from_word(word))
-    return steps
+    return [_from_word(item) if isinstance(item, str) else _from_mapping(item) for item in items]
 
 
 def step_line(step: type[Step]) -> str:
@@ -63,27 +56,11 @@ def step_line(step: type[Step]) -> str:
     return f"{step.name}: {purpose} ({', '.join(field.name for field in fields)})"
 
 
-def _from_file(path: Path) -> list[Step]:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file of filter steps {path}")
-    try:
-        tree = parse(path.read_text(encoding="utf-8"), str(path))
-    except RefusedYamlError:
-        raise
-    except ValueError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    if not isinstance(tree, list) or not tree:
-        raise ValueError(f"{path} holds no list of steps: write lines such as `- captions: {{min_words: 3}}`")
-    steps = []
-    for item in tree:
-        if isinstance(item, str):
-            steps.append(_from_word(item))
-        elif isinstance(item, dict) and len(item) == 1 and isinstance(next(iter(item.values())) or {}, dict):
-            name, options = next(iter(item.items()))
-            steps.append(_build(str(name), {str(key): value for key, value in (options or {}).items()}))
-        else:
-            raise ValueError(f"{path} has a step {item!r}: write `- name` or `- name: {{option: value}}`")
-    return steps
+def _from_mapping(item: Any) -> Step:
+    if not isinstance(item, dict) or len(item) != 1 or not isinstance(next(iter(item.values())) or {}, dict):
+        raise ValueError(f"a filter step is {item!r}: write `- name` or `- name: {{option: value}}`")
+    ((name, options),) = item.items()
+    return _build(str(name), {str(key): value for key, value in (options or {}).items()})
 
 
 def _from_word(word: str) -> Step:

@@ -10,10 +10,10 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from data_pipeline.strict_yaml import parse
 from pretrain.cli import _expanded
 from pretrain.config import RECIPES, Recipe, builtin_recipes, keys_of, load_recipe, recipe_of, repeated
 from pretrain.errors import RequestError
+from pretrain.recipe_yaml import parse
 from pretrain.relevance import RULES, rules_of
 from pretrain.sections import Kernels
 
@@ -356,7 +356,7 @@ def test_a_bad_override_is_quoted(override: str, words: list[str], tmp_path: Pat
         (b"data: {}", ["'data.train' has no value and no default"]),
         (b"data: {train: x}\n1: 2\n", ["1 is given as a key"]),
         (b"data: {train: x}\non: {a: 1}\n", ["true is given as a key"]),
-        (b"!!python/object/apply:os.system [echo]", ["it has a tag (!...), but recipes hold plain values"]),
+        (b"!!python/object/apply:os.system [echo]", ["it has a tag (!...), but plain values are wanted"]),
         (b"data: {train: x}\n? [1]\n: 2\n", ["line 2: a list or a mapping is given as a key"]),
         (b"data: {train: x}\ntrain:\n  <<: 5\n", ["line 3: << brings the keys of a mapping"]),
         (b"data:\n\ttrain: x\n", ["line 2: a tab stands before a value: indent with spaces"]),

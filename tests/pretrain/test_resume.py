@@ -77,7 +77,9 @@ def wait_for_steps(run: Path, steps: int, process: subprocess.Popen[str]) -> Non
 def test_killed_and_interrupted_runs_go_on_as_if_nothing_had_happened(data: Path, tmp_path: Path, nproc: int) -> None:
     # A thousand steps: however late this process is, the run is still there to be killed. The run that is not
     # interrupted comes last, when the step is known up to which it has to go.
-    longer = ["checkpoint.every=10", "train.steps=1000", *(["--nproc", str(nproc)] if nproc > 1 else [])]
+    # Saved by the step itself, so that step 11 has one behind it; test_killed.py kills runs that save while they train.
+    longer = ["checkpoint.asynchronous=false", "checkpoint.every=10", "train.steps=1000"]
+    longer += ["--nproc", str(nproc)] if nproc > 1 else []
     run = tmp_path / "broken"
     command = ["train", "quickstart", *overrides(data, run), *longer]
     process = weft(command)

@@ -106,7 +106,12 @@ def test_a_stop_signal_ends_an_evaluation_at_once(
     monkeypatch.setattr(Engine, "encode_image", told)
     every = 2 if stop == 2 else 0
     run = tmp_path / "run"
-    assert go(data, run, f"data.test={data / 'test'}", f"eval.every={every}", "checkpoint.every=100") == 128 + number
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it is ignored where nohup has started the tests
+    try:
+        code = go(data, run, f"data.test={data / 'test'}", f"eval.every={every}", "checkpoint.every=100")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert code == 128 + number
     assert steps(run) == [stop]
     assert read_lines(run / "evaluation.jsonl") == []
 

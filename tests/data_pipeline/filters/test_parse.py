@@ -10,6 +10,7 @@ from data_pipeline.filters.duplicates import Duplicates
 from data_pipeline.filters.image_size import ImageSize
 from data_pipeline.filters.parse import step_line
 from data_pipeline.filters.personal_data import PersonalData
+from pretrain.filter_commands import step_items
 
 
 def test_words_become_steps_in_order() -> None:
@@ -31,7 +32,7 @@ def test_a_yaml_file_becomes_steps_among_others(tmp_path: Path) -> None:
         "- personal-data: {kinds: email}\n"
         "- duplicates:\n"
     )
-    assert parse_steps([str(tmp_path / "steps.yaml"), "duplicates:of=bytes"]) == [
+    assert parse_steps(step_items([str(tmp_path / "steps.yaml"), "duplicates:of=bytes"])) == [
         ImageSize(min_side=64, max_aspect=None),
         Duplicates(),
         Captions(min_words=3),
@@ -72,9 +73,9 @@ def test_what_is_wrong_is_told_with_what_is_right(word: str, answer: str) -> Non
     [
         ("captions: {min_words: 3}", "holds no list of steps"),
         ("[]", "holds no list of steps"),
-        ("- {captions: {}, duplicates: {}}", "has a step"),
-        ("- [captions]", "has a step"),
-        ("- captions: 3", "has a step"),
+        ("- {captions: {}, duplicates: {}}", "a filter step is"),
+        ("- [captions]", "a filter step is"),
+        ("- captions: 3", "a filter step is"),
         ("- captions: {min_words: 2.5}", "min_words is 2.5: give a whole number"),
         ("- captions: {min_words: true}", "min_words is True: give a whole number"),
         ("- 'captions", "is not YAML"),
@@ -87,12 +88,12 @@ def test_what_is_wrong_is_told_with_what_is_right(word: str, answer: str) -> Non
 def test_a_bad_yaml_file_is_refused(tmp_path: Path, text: str, answer: str) -> None:
     (tmp_path / "steps.yaml").write_text(text)
     with pytest.raises(ValueError, match=answer):
-        parse_steps([str(tmp_path / "steps.yaml")])
+        parse_steps(step_items([str(tmp_path / "steps.yaml")]))
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.yaml"):
-        parse_steps([str(tmp_path / "none.yaml")])
+        step_items([str(tmp_path / "none.yaml")])
 
 
 def test_every_step_says_what_it_is_for() -> None:

@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from pretrain.errors import RequestError
+
 INTEGER, FLOAT, MERGE = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float", "tag:yaml.org,2002:merge"
 TIMESTAMP = "tag:yaml.org,2002:timestamp"
 MOST_VALUES = 100_000
@@ -25,12 +27,8 @@ IN_OUR_WORDS = (  # what PyYAML says of YAML that users write now and then
 )
 
 
-class RefusedYamlError(ValueError):
-    """YAML that PyYAML takes and weft does not (a key given twice, a bomb of aliases): one sentence."""
-
-
 def parse(text: str, where: str) -> Any:
-    """The value of a YAML text. Raises RefusedYamlError, which begins with `where`, for what weft reads nowhere.
+    """The value of a YAML text. Raises RequestError, which begins with `where`, for what weft reads nowhere.
 
     Raises ValueError, in one line, for what is not YAML.
     """
@@ -67,7 +65,7 @@ class _Loader(yaml.SafeLoader):
     def get_single_node(self) -> yaml.Node | None:
         node: yaml.Node | None = super().get_single_node()
         if node is not None and self._count(node, {}) > MOST_VALUES:
-            raise RefusedYamlError(f"{self.where}: its aliases stand for more than {MOST_VALUES:,} values: write fewer")
+            raise RequestError(f"{self.where}: its aliases stand for more than {MOST_VALUES:,} values: write fewer")
         return node
 
     def _count(self, node: yaml.Node, counted: dict[int, int]) -> int:
@@ -79,7 +77,7 @@ class _Loader(yaml.SafeLoader):
             counted[id(node)] = 1 + sum(self._count(part, counted) for part in parts)
         elif not counted[id(node)]:
             line = node.start_mark.line + 1
-            raise RefusedYamlError(f"{self.where}: the value that begins in line {line} holds an alias of itself")
+            raise RequestError(f"{self.where}: the value that begins in line {line} holds an alias of itself")
         return counted[id(node)]
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
@@ -94,7 +92,7 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, (list, dict, set)):
                 continue  # refused as a key when the mapping is made
             if key in lines:
-                raise RefusedYamlError(f"{self.where}: {_twice(key, lines[key], line)}: keep one of them")
+                raise RequestError(f"{self.where}: {_twice(key, lines[key], line)}: keep one of them")
             lines[key] = line
         super().flatten_mapping(node)
 
