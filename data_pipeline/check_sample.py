@@ -47,6 +47,7 @@ class Lacks:
     elsewhere: str = ""  # where captions seem to be that no run reads, the first such place in words
     _bare: dict[str, list[Problem]] = field(default_factory=lambda: {"an image": [], "a caption": []})
     _hidden: list[Problem] = field(default_factory=list)  # captions in a field that no run reads
+    _odd_labels: list[Problem] = field(default_factory=list)
     _several: dict[str, list[Problem]] = field(default_factory=lambda: {"error": [], "warning": []})
 
     def add(self, sample: Sample, start: int | None, words: str, torn: bool = False) -> None:
@@ -72,6 +73,9 @@ class Lacks:
             self.elsewhere = self.elsewhere or elsewhere
             more = f": {elsewhere}" if elsewhere else ""
             self._note("a caption", sample, start, empty or f"no caption in its fields ({names}){more}")
+        if odd := _odd_label(sample):
+            reason = f"its label is neither text nor a whole number ({odd}), and is read as none"
+            self._odd_labels.append(Problem("warning", self.shard, start, sample.key, reason))
         if len(images) > 1:
             severity: Literal["error", "warning"] = "error" if _merged(images, sample) else "warning"
             why = (
@@ -102,13 +106,20 @@ class Lacks:
             none = Problem("warning", self.shard, None, None, f"none of its {self.samples} samples has {what}{more}")
             lacking += [none] if len(without) == self.samples > 1 else without
         yield from dict.fromkeys(lacking)  # an empty row lacks both, and is told once
-        for several in (self._hidden, *self._several.values()):
+        for several in (self._hidden, self._odd_labels, *self._several.values()):
             if several:
                 first = several[0]
                 more = f"; so in {len(several) - 1} more of its samples" if len(several) > 1 else ""
                 yield Problem(first.severity, self.shard, first.byte, first.key, first.reason + more)
         if self.samples == 0:
             yield Problem("warning", self.shard, None, None, "no sample in it could be read")
+
+
+def _odd_label(sample: Sample) -> str:
+    try:
+        return sample.odd_label()
+    except DataError:  # told of its json field
+        return ""
 
 
 def unread_caption(sample: Sample) -> str | None:
@@ -181,14 +192,10 @@ def check_text(shard: str, sample: Sample, offsets: dict[str, int | None]) -> tu
         try:
             mine = [text for _, texts in alone.written_captions() for text in texts]
             label |= alone.label() is not None or bool(alone.questions())
-            odd = alone.odd_label()
         except DataError as error:
             readable = False
             found.append(Problem("error", shard, offsets[name], sample.key, str(error)))
             continue
-        if odd:
-            reason = f"the label in the {name} field is neither text nor a whole number ({odd}), and is read as none"
-            found.append(Problem("warning", shard, offsets[name], sample.key, reason))
         if not captions:  # those of the json field are read instead of the txt field
             found += [
                 Problem("warning", shard, offsets[name], sample.key, f"caption {number} in the {name} field is empty")

@@ -116,7 +116,8 @@ def _check_samples(shard: str, buffer: mmap.mmap, decode: bool, finding: Finding
         reason = f"{len(loose)} files without an extension belong to no sample and are not read, as {loose[0].name!r}"
         found.append(Problem("warning", shard, loose[0].offset, None, reason))
     if hidden:
-        reason = f"{len(hidden)} files of images or sound are left out, {HIDDEN}, as {hidden[0].name!r}"
+        files = "1 file of an image or sound is" if len(hidden) == 1 else f"{len(hidden)} files of images or sound are"
+        reason = f"{files} left out, {HIDDEN}, as {hidden[0].name!r}"
         found.append(Problem("warning", shard, hidden[0].offset, None, reason))
     if skipped:
         reason = f"entries that are no files are left out: {', '.join(f'{n} x {what}' for what, n in skipped.items())}"

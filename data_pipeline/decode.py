@@ -112,7 +112,12 @@ def _decode_jpeg(data: bytes, max_pixels: float) -> tuple[np.ndarray, str]:
         told = str(error)
         if isinstance(error, ValueError) and LOST.search(told):
             raise DataError(f"damaged JPEG: {told}") from error
-        image = _decode_with_pillow(data, "JPEG", max_pixels)
+        try:
+            image = _decode_with_pillow(data, "JPEG", max_pixels)
+        except DataError:
+            if "premature end" in told.lower():  # of which Pillow says how many bytes it has not used
+                raise DataError(f"damaged JPEG: {told}") from error
+            raise
         lost = lost_pixels(data)
         if lost:
             raise DataError(f"damaged JPEG: {lost}") from error

@@ -28,6 +28,11 @@ ABOUT_A_TAR = re.compile(  # what other tools write beside one: indexes, checksu
     r"(md5|sha\d+|crc\d*|crc32c)(sums?)?|asc|sig|sign|minisig)$",
     re.IGNORECASE,
 )
+GOES_ON = "its name goes on after .tar"
+COPY = re.compile(
+    r"(\.\d+|\s?\(\d+\)|~|[.-](bak|old|orig|copy))$", re.IGNORECASE
+)  # as browsers, wget and editors name one
+PACKED = (b"\x1f\x8b", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"BZh", b"\x04\x22\x4d\x18", b"PK\x03\x04", b"7z\xbc\xaf")
 PARQUET = (".parquet", ".pq")
 NUMBERED = re.compile(r"(.*?)([0-9]+)([^0-9]*)")  # the last number of a name
 MOST_DIGITS = 12  # longer ones are hashes or times
@@ -60,7 +65,7 @@ def _why_ignored(entry: os.DirEntry[str]) -> str:
             return ""
         return "a folder, and tars in it are not read" if _holds_tars(entry.path) or is_shard(entry.name) else ""
     if why := _why_by_name(entry.name):
-        return why
+        return why if why != GOES_ON or _is_archive(entry.path) else ""
     if is_shard(entry.name) and not entry.is_file() and os.path.exists(entry.path):
         return "not a regular file"
     return ""
@@ -68,7 +73,8 @@ def _why_ignored(entry: os.DirEntry[str]) -> str:
 
 def ignored_names(names: Iterable[str]) -> tuple[tuple[str, str], ...]:
     """As ignored_in, of the names of files that a server lists."""
-    return _of_note((name, _why_by_name(name)) for name in names)
+    found = ((name, _why_by_name(name)) for name in names)
+    return _of_note((name, why) for name, why in found if why != GOES_ON or COPY.search(name))
 
 
 def _of_note(found: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
@@ -96,7 +102,17 @@ def _why_by_name(name: str) -> str:
         return "Parquet, and beside tars only these are read"
     if hidden and name.lower().endswith(".tar"):
         return "hidden, as its name begins with a dot"
-    return "its name goes on after .tar" if of_a_tar and not (is_shard(name) or ABOUT_A_TAR.search(name)) else ""
+    return GOES_ON if of_a_tar and not (is_shard(name) or ABOUT_A_TAR.search(name)) else ""
+
+
+def _is_archive(path: str) -> bool:
+    """Whether a file begins as a tar does, or as what a tar is packed with."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(512)
+    except OSError:
+        return False
+    return start[257:262] == b"ustar" or start.startswith(PACKED)
 
 
 def _holds_tars(path: str) -> bool:

@@ -19,15 +19,27 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_pipeline.errors import DataError
-from data_pipeline.strict_json import unique_names
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 AUDIO_EXTENSIONS = ("flac", "wav", "ogg")
 MARKS_OF_OTHERS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # no UTF-8 begins with them
 CONTROLS = bytes(set(range(32)) - set(b"\t\n\v\f\r"))  # NUL is among the first bytes of UTF-16 characters, as are these
-JSON = json.JSONDecoder(object_pairs_hook=unique_names)  # json.loads would make one for each sample
+READ = ("captions", "label", "qa", "question", "answer")  # names in the json field that weft reads
 # What may stand around a text: white space, and the mark that some editors put before one
 AROUND = "".join(letter for letter in map(chr, range(0x3001)) if letter.isspace()) + "\ufeff"
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; DataError when a name that is read stands in it twice, with different values."""
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        for name, value in pairs:
+            if name in READ and value != tree[name]:
+                raise DataError(f"has the name {name!r} twice, with different values")
+    return tree
+
+
+JSON = json.JSONDecoder(object_pairs_hook=_object)  # json.loads would make one for each sample
 
 
 @dataclass(frozen=True)
@@ -50,13 +62,15 @@ class Sample:
     def metadata(self) -> dict[str, Any]:
         """The object in the field "json", {} when there is none.
 
-        Raises DataError when it is not a JSON object, or has a name twice, of which one would be lost.
+        Raises DataError when it is not a JSON object, or has a name that is read twice: one value would be lost.
         """
         if "json" not in self.fields:
             return {}
         try:
             data = self.fields["json"]
             metadata = JSON.decode(data.decode(json.detect_encoding(data), "surrogatepass"))
+        except DataError as error:
+            raise DataError(f"the json field of sample {self.key!r} {error}") from error
         except (ValueError, RecursionError) as error:
             raise DataError(f"the json field of sample {self.key!r} is not JSON ({error})") from error
         if not isinstance(metadata, dict):

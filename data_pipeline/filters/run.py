@@ -77,8 +77,6 @@ def _run(
     test = open_dataset(against) if against else None
     if test is not None and test.fingerprint == dataset.fingerprint:
         raise ValueError(f"{against} is the same data set as {source}: nothing of it would be left")
-    if not any(isinstance(step, SetStep) and step.compares for step in steps):  # which may leave one of the two
-        refuse_equal_keys(dataset, np.arange(len(dataset)), samples_per_shard, shard_keys)
     looked, of_test = len(dataset), len(test) if test else 0
 
     def look_progress(done: int, _: int) -> None:

@@ -190,16 +190,21 @@ def swallowed_row(
     """The first line within a value that looks like a row of the table; "" when none does.
 
     A quote that opens in one row and closes in another makes one value of all between. Looks like a row: has as many
-    cells as there are `columns`, and one that names a file: with the extension of an image, of a sound, or of `alike`,
-    a name in this row. Where that has none, more than two cells will do, or one that is the `known` name of a file.
+    cells as there are `columns`, and one that names a file: with the extension of `alike`, a name in this row; with
+    that of another image or sound, and no blank in it, as prose has; or the `known` name of one. Where `alike` has no
+    extension, more than two cells will do.
     """
     extension = extension_of(alike.strip())
+
+    def names_a_file(cell: str) -> bool:
+        ends = extension_of(cell)
+        return bool(ends) and (ends == extension or (ends in FILES and (not re.search(r"\s", cell) or known(cell))))
+
     for cell in cells:
         for line in lines_of(cell)[1:]:
             inner = [each.strip(" \"'") for each in line.split(delimiter)]
             if len(inner) >= columns and (
-                any((ends := extension_of(each)) in FILES or (ends and ends == extension) for each in inner)
-                or (not extension and (columns > 2 or any(map(known, inner))))
+                any(map(names_a_file, inner)) or (not extension and (columns > 2 or any(map(known, inner))))
             ):
                 return line
     return ""

@@ -44,7 +44,12 @@ LOOKED_FOR_CAPTIONS = (
 )
 LOOKED_FOR = f"images ({', '.join('.' + extension for extension in IMAGE_NAMES)}) with captions: "
 LOOKED_FOR += f"{LOOKED_FOR_CAPTIONS}, or one folder a class"
-CAPTION_TABLE = re.compile(r"(captions?|metadata|descriptions?)\.\w+", re.IGNORECASE)
+CAPTION_TABLE = re.compile(  # "captions" says it whatever the file is; "metadata" is said of other things, too
+    r"captions?\.\w+|(metadata|descriptions?)\.(xlsx?|xlsm|ods|numbers|arrow|feather|avro|orc)", re.IGNORECASE
+)
+NOTES = re.compile(r"md5|sha\d+|crc\w*|sum|log|ini|cfg|conf|toml|ya?ml|url|time|pp3|bak", re.IGNORECASE)  # extensions
+WORD = re.compile(r"(?<!\w)[^\W\d_]+(?!\w)")
+NO_PROSE = re.compile(r"[=<>{}\[\]\\|]|^\w+:")
 TEXT_READ = 1024  # bytes of a file, to tell whether it holds text
 NO_CLASS = re.compile(
     r"(train|val|test|eval|dev|valid|validation|training|testing|evaluation|images?|imgs?|pics?|pictures?|photos?|jpe?gs?|"
@@ -176,7 +181,9 @@ def _refuse_other_captions(source: Path, beside: dict[str, str], others: list[st
 
 
 def _may_be_captions(path: Path) -> bool:
-    """Whether a file begins with text that is neither markup nor numbers."""
+    """Whether a file begins with some words, and not with markup, settings, numbers or a checksum."""
+    if NOTES.fullmatch(extension_of(path.name)):
+        return False
     try:
         with path.open("rb") as file:
             start = file.read(TEXT_READ)
@@ -184,8 +191,12 @@ def _may_be_captions(path: Path) -> bool:
         return False
     if any(byte < 32 and byte not in b"\t\n\v\f\r" for byte in start):
         return False
-    text = start.decode("utf-8-sig", "replace").strip()
-    return not text.startswith(("<", "{")) and bool(usable(lines_of(text))[0])
+    texts, _ = usable(lines_of(start.decode("utf-8-sig", "replace")))
+    words = WORD.findall(texts[0]) if texts else []
+    spoken = len(words) > 1 or any(
+        len(word) > 3 and not word.isascii() for word in words
+    )  # some scripts have no blanks
+    return spoken and not NO_PROSE.search(texts[0])
 
 
 def _refuse_one_class(source: Path, classes: dict[str, str]) -> None:

@@ -221,7 +221,9 @@ def csv_columns(table: Path) -> list[str]:
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
             header = file.readline(LONGEST_VALUE)
-            columns = next(csv.reader([header], delimiter=_delimiter(header)), [])
+            delimiter = _delimiter(header)
+            blanks = _blanks_behind(delimiter, header)
+            columns = next(csv.reader([header], delimiter=delimiter, skipinitialspace=blanks), [])
     except UnicodeDecodeError as error:
         raise DataError(f"{table} is not UTF-8 ({error}): save it as UTF-8") from error
     except csv.Error as error:
@@ -253,7 +255,7 @@ def csv_rows(
             header = file.readline()
             delimiter = _delimiter(header)
             file.seek(0)
-            blanks = quotes and f"{delimiter} " in header  # a blank after each delimiter: quotes stand behind it
+            blanks = quotes and _blanks_behind(delimiter, header)
             reader = csv.reader(file, delimiter=delimiter, quoting=quoting, skipinitialspace=blanks, strict=True)
             columns = next(reader, [])
             if not columns:
@@ -290,6 +292,11 @@ def csv_rows(
         reason = csv_reason(error)
         way_out = f"; {NO_QUOTES}" if "quote" in reason else ""
         raise DataError(f"{table} is damaged in the row that begins in line {line}: {reason}{way_out}") from error
+
+
+def _blanks_behind(delimiter: str, header: str) -> bool:
+    """Whether a blank stands after each delimiter, which belongs to no cell: quotes stand behind it."""
+    return f"{delimiter} " in header
 
 
 def _delimiter(header: str) -> str:

@@ -87,9 +87,12 @@ def _refuse_another_meaning(warm: WarmStart, recipe: Recipe) -> None:
     values = {key: tuple(attrgetter(key)(each.model) for each in (theirs, recipe)) for key in keys}
     wrong = [f"model.{key}={there} there, {here} here" for key, (there, here) in values.items() if there != here]
     if wrong:
+        part = (
+            "" if warm.only or "model.kind" in wrong[0] else ", or take over a part, such as train.init_only=[vision.]"
+        )
         raise RequestError(
             f"train.init_from: the weights of {warm.checkpoint.path} are of another model ({'; '.join(wrong)}): use "
-            "the model of that checkpoint, or take over a part of it, such as train.init_only=[vision.]"
+            f"the model of that checkpoint{part}"
         )
 
 

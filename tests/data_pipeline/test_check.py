@@ -93,7 +93,7 @@ def test_a_check_writes_nothing_and_needs_no_index(tmp_path: Path) -> None:
         ("bad.json", b'{"captions": [1]}', "captions that are not a list of texts"),
         ("bad.json", rb'{"captions": ["\ud800"]}', "not Unicode"),
         ("bad.json", rb'{"label": "\ud800"}', "not Unicode"),
-        ("bad.json", b'{"label": 1, "label": 2}', "the name 'label' stands twice"),
+        ("bad.json", b'{"label": 1, "label": 2}', "has the name 'label' twice, with different values"),
         *(
             ("bad.json", f'{{"qa": {qa}}}'.encode(), words)
             for qa, words in (
@@ -119,12 +119,17 @@ def test_bad_fields_are_errors_with_their_place(tmp_path: Path, name: str, data:
 
 def test_a_label_that_names_no_class_is_a_warning(tmp_path: Path) -> None:
     """Captions beside it are good: sets with several labels an image train and are scored by their captions."""
-    files = good(0) | {"odd.png": picture(), "odd.json": b'{"captions": ["a cat and a dog"], "label": ["cat", "dog"]}'}
+    text = b'{"captions": ["a cat and a dog"], "label": ["cat", "dog"]}'
+    files = good(0) | {"odd.png": picture(), "odd.json": text, "more.png": picture(), "more.json": text}
     folder = dataset(tmp_path, files)
     found = check(folder)
     assert found.ok
     assert [(p.severity, p.key, p.reason) for p in found.problems] == [
-        ("warning", "odd", "the label in the json field is neither text nor a whole number (list), and is read as none")
+        (
+            "warning",
+            "odd",
+            "its label is neither text nor a whole number (list), and is read as none; so in 1 more of its samples",
+        )
     ]
     assert dataset_stats(folder).unreadable == 0
 

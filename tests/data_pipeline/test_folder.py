@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import lzma
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tars import picture, tar_of
 
 from data_pipeline.check import check_dataset
-from data_pipeline.folder import empty_remark, gap_in, ignored_names
+from data_pipeline.folder import GOES_ON, empty_remark, gap_in, ignored_in, ignored_names
 from data_pipeline.index import build_index, load_index
 
 
@@ -50,19 +54,31 @@ NOT_READ = {
     "compressed": ["1.tar.gz", "2.tgz", "3.tar.sz", "4.zip", "5.TAR.LZO"],
     "an unfinished download, by its name": ["1.tar.part", "2.tar.gz.partial", "3.tgz.crdownload", "4.tar_.gstmp"],
     "a part of a split tar, by its name": ["1.tar.aa", "2.tar.00", "3.tar.gz.001", "4.tar.part1"],
-    "its name goes on after .tar": ["1.tar.1", "2.tar (1)", "3.tar.6eF4b2a1", "4.tar.gz.1", "5.tar~", ".6.tar.hT5xQz"],
+    GOES_ON: ["1.tar.1", "2.tar (1)", "3.tar.bak", "4.tar.gz.1", "5.tar~"],
     "hidden, as its name begins with a dot": [".1.tar", ".2.TAR"],
 }
 OF_NO_NOTE = [
     *("1.tar", "1.tar.idx.npz", ".1.tar.0123456789abcdef.tmp", ".1.tar.idx.npz.0123456789abcdef.tmp", "index.json"),
     *("._1.tar", ".DS_Store", ".1.zip", "1.tar.md5", "1.tar.gz.sha256sum", "1.tar.idx", "1.tar.json", "about.tar.txt"),
-    *("1.target.bin", "tar", "README"),
+    *("1.target.bin", "tar", "README", "1.tar.etag", "2.tar.properties", "3.tar.csv.gz"),
 ]
 
 
 @pytest.mark.parametrize(("why", "names"), NOT_READ.items(), ids=NOT_READ)
 def test_what_may_be_a_shard_by_a_part_of_its_name_is_told(why: str, names: list[str]) -> None:
     assert ignored_names([*names, *OF_NO_NOTE]) == tuple((name, why) for name in sorted(names))
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, lzma.compress])
+def test_what_goes_on_behind_tar_is_told_where_it_is_an_archive(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    """Names of tools' own (aws, rsync) cannot be listed; and many a tool writes a small file beside each tar."""
+    data = pack(tar_of([("s.png", picture()), ("s.txt", b"a")]))
+    names = ["1.tar.1", "2.tar.6eF4b2a1", ".3.tar.hT5xQz", "4.tar.metadata"]
+    for name in names:
+        (tmp_path / name).write_bytes(data)
+    for name in ("1.tar.etag", "2.tar.2", "3.tar.stats", ".4.tar.swp"):
+        (tmp_path / name).write_bytes(b"x" * 600)
+    assert ignored_in(tmp_path) == tuple((name, GOES_ON) for name in sorted(names))
 
 
 @pytest.mark.parametrize("size", [0, 2, 6])

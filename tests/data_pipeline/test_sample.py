@@ -101,6 +101,12 @@ def test_label() -> None:
     assert Sample("k", {"txt": b"x"}).label() is None
 
 
+def test_names_that_are_not_read_may_stand_twice() -> None:
+    data = b'{"exif": {"Padding": 1, "Padding": 2}, "x": 1, "x": 2, "label": "a", "label": "a", "captions": ["c"]}'
+    sample = Sample("k", {"json": data})
+    assert (sample.captions(), sample.label()) == (("c",), "a")
+
+
 @pytest.mark.parametrize("label", [float("nan"), float("inf"), 0.5, True, False, [], ["a", "b"], {"name": "cat"}])
 def test_a_label_that_names_no_class(label: Any) -> None:
     sample = with_json({"captions": ["x"], "label": label})
@@ -111,8 +117,8 @@ def test_a_label_that_names_no_class(label: Any) -> None:
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b'{"captions": ["first"], "captions": ["second"]}', "is not JSON .the name 'captions' stands twice"),
-        (b'{"qa": [{"question": "a", "question": "b", "answer": "c"}]}', "is not JSON .the name 'question' stands"),
+        (b'{"captions": ["first"], "captions": ["second"]}', "has the name 'captions' twice, with different values"),
+        (b'{"qa": [{"question": "a", "question": "b", "answer": "c"}]}', "has the name 'question' twice"),
         (b"{", "is not JSON"),
         (b"", "is not JSON"),
         (b"\xff\xfe\xfa", "is not JSON"),

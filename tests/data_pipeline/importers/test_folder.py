@@ -345,7 +345,9 @@ def test_files_that_contradict_each_other_are_named(put, run, also, files, words
         ({"cat/0.png.text": "a cat"}, r"cat/0\.png\.text may hold captions"),
         ({"dog/0.tags": "dog, grass"}, r"dog/0\.tags may hold captions"),
         ({"captions.xlsx": "PK\3\4"}, r"captions\.xlsx may hold captions.*out of the folder"),
-        ({"cat/metadata.yaml": "a: b"}, r"metadata\.yaml may hold captions"),
+        ({"cat/captions.yaml": "a: b"}, r"captions\.yaml may hold captions"),
+        ({"metadata.ods": "PK\3\4"}, r"metadata\.ods may hold captions"),
+        ({"cat/0.cap": "一只红色的猫"}, r"cat/0\.cap may hold captions"),
     ],
 )
 def test_class_captions_are_not_made_up_beside_caption_files(put, run, also, files, words):
@@ -369,10 +371,43 @@ def test_what_lies_beside_images_of_a_class_and_is_no_text_is_told(put, run, als
     for name in ("cat/0", "dog/0"):
         put(f"{name}.png")
         also({f"{name}.xml": "<box/>", f"{name}.npy": "\x93NUMPY\1\0", f"{name}.feat": "0.5 0.25 1 7 8\n"})
-    also({"train.py": "print()", "cat/empty.cap": "", "notes.md": "Two classes."})
+    also({"train.py": "print()", "cat/empty.cap": "", "notes.md": "Two classes.", "metadata.yaml": "name: two classes"})
     imported = import_folder(tmp_path / "source", tmp_path / "out", test_share=0, processes=0)
     assert {sample.label() for sample in read_all(tmp_path / "out/train")} == {"cat", "dog"}
     assert imported.notes[-1] == "what lies beside images as .feat, .npy, .xml is not read"
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("png.md5", "d41d8cd98f00b204e9800998ecf8427e  0.png"),
+        ("log", "read the image in one second"),
+        ("ini", "[view]\nzoom of the image=2"),
+        ("pts", "version: 1\nn_points: 68\n{\n1 2\n}"),
+        ("prj", 'PROJCS["WGS 84 / UTM zone 33N"]'),
+        ("points", '[{"type": "Point"}]'),
+        ("taken", "2026-01-05 12:30:01"),
+        ("hash", "deadbeefdeadbeef"),
+    ],
+)
+def test_what_lies_beside_images_of_a_class_and_is_no_prose_is_told(put, run, also, kind, text):
+    for name in ("cat/0", "dog/0"):
+        put(f"{name}.png")
+        also({f"{name}.{kind}": text})
+    samples, _ = run()
+    assert {sample.label() for sample in samples.values()} == {"cat", "dog"}
+
+
+def test_a_table_with_a_blank_behind_each_delimiter(put, run, also):
+    put("0.png")
+    put("1.png")
+    also({"captions.csv": 'file_name, caption\n0.png, "a dog, running"\n1.png, plain\n'})
+    samples, skipped = run()
+    assert {name: sample.captions() for name, sample in samples.items()} == {
+        "0.png": ("a dog, running",),
+        "1.png": ("plain",),
+    }
+    assert not skipped
 
 
 @pytest.mark.parametrize("name", ["train", "images", "img", "data", "val", "test", "Train 2017", "22x22", "2026-01-05"])

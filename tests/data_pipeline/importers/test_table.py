@@ -198,7 +198,7 @@ def test_of_two_columns_that_differ_in_case_the_usual_name_is_taken(folder, run)
 
 
 def test_a_caption_of_several_lines_is_no_row(folder, run):
-    text = "a cat, asleep\nand a dog, awake\n1. two, 2. three"
+    text = "a cat, asleep\nand a dog, awake\n1. two, 2. three\nlike that in a.jpg, or b"
     samples, skipped = run(write(folder, f'image,caption\nimages/0.png,"{text}"\n'))
     assert samples["images/0.png"].captions() == (text,)
     assert not skipped
