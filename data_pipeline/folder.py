@@ -29,9 +29,7 @@ ABOUT_A_TAR = re.compile(  # what other tools write beside one: indexes, checksu
     re.IGNORECASE,
 )
 GOES_ON = "its name goes on after .tar"
-COPY = re.compile(
-    r"(\.\d+|\s?\(\d+\)|~|[.-](bak|old|orig|copy))$", re.IGNORECASE
-)  # as browsers, wget and editors name one
+COPY = re.compile(r"(\.\d+|\s?\(\d+\)|~|[.-](bak|old|orig|copy))$", re.IGNORECASE)  # as browsers and editors do
 PACKED = (b"\x1f\x8b", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"BZh", b"\x04\x22\x4d\x18", b"PK\x03\x04", b"7z\xbc\xaf")
 PARQUET = (".parquet", ".pq")
 NUMBERED = re.compile(r"(.*?)([0-9]+)([^0-9]*)")  # the last number of a name

@@ -119,7 +119,7 @@ class Sample:
     def label(self) -> str | None:
         """The class name in the json field; None when there is none, or what is there names no class (`odd_label`)."""
         label = self.metadata().get("label")
-        if label is None or self.odd_label():
+        if label is None or _names_no_class(label):
             return None
         return trimmed(_storable(str(label), self.key)) or None
 
@@ -129,8 +129,12 @@ class Sample:
         Lists of labels, boxes and NaN stand there in sets of other uses, whose captions are good all the same.
         """
         label = self.metadata().get("label")
-        whole = type(label) is int or (isinstance(label, float) and label.is_integer())  # True is an int, too
-        return "" if label is None or isinstance(label, str) or whole else type(label).__name__
+        return type(label).__name__ if label is not None and _names_no_class(label) else ""
+
+
+def _names_no_class(label: Any) -> bool:
+    whole = type(label) is int or (isinstance(label, float) and label.is_integer())  # True is an int, too
+    return not isinstance(label, str) and not whole
 
 
 @dataclass(frozen=True)

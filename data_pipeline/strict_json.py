@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from typing import Any
 
 LARGEST = 1 << 64
@@ -28,15 +27,6 @@ def read_json(text: str | bytes) -> Any:
         return json.loads(text, parse_constant=lambda _: None, parse_float=_finite_float, parse_int=_integer)
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
-
-
-def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For json.loads: an object; ValueError when a name stands in it twice, of which the first would be lost."""
-    tree = dict(pairs)
-    if len(tree) < len(pairs):
-        twice = next(name for name, number in Counter(name for name, _ in pairs).items() if number > 1)
-        raise ValueError(f"the name {twice!r} stands twice in one object")
-    return tree
 
 
 def _finite_float(digits: str) -> float | None:

@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 from data_pipeline.errors import DataError
 from data_pipeline.importers.leftovers import IMAGE_NAMES, OTHER_IMAGES, SOUND_NAMES, extension_of
 from data_pipeline.sample import trimmed
-from data_pipeline.strict_json import unique_names
 
 Value = TypeVar("Value")
 Skip = Callable[[str, str], None]  # told of a row that is left out: (where it stands, why)
@@ -240,6 +239,15 @@ def objects(
             yield where, element
         else:
             skip(where, f"is {_name(element)} where an object should be")
+
+
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json.loads: an object; ValueError when a name stands in it twice, of which the first would be lost."""
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        twice = next(name for name, number in Counter(name for name, _ in pairs).items() if number > 1)
+        raise ValueError(f"the name {twice!r} stands twice in one object")
+    return tree
 
 
 def csv_reason(error: csv.Error) -> str:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import DataError
-from data_pipeline.importers.annotations import json_lines, json_reason, lines_of
+from data_pipeline.importers.annotations import json_lines, json_reason, lines_of, unique_names
 from data_pipeline.importers.captions import NO_CAPTION, usable
 from data_pipeline.importers.gather import part_named
 from data_pipeline.importers.leftovers import extension_of, looks_like_image
@@ -42,7 +42,6 @@ from data_pipeline.importers.table import (
     parquet_rows,
 )
 from data_pipeline.sample import Skipped, text_of
-from data_pipeline.strict_json import unique_names
 
 TEXTS = ("txt", "caption", "captions")  # extensions
 TABLES = ("csv", "tsv", "jsonl", "ndjson", "json", "parquet", "pq")

@@ -193,9 +193,8 @@ def _may_be_captions(path: Path) -> bool:
         return False
     texts, _ = usable(lines_of(start.decode("utf-8-sig", "replace")))
     words = WORD.findall(texts[0]) if texts else []
-    spoken = len(words) > 1 or any(
-        len(word) > 3 and not word.isascii() for word in words
-    )  # some scripts have no blanks
+    # some scripts have no blanks between words
+    spoken = len(words) > 1 or any(len(word) > 3 and not word.isascii() for word in words)
     return spoken and not NO_PROSE.search(texts[0])
 
 
