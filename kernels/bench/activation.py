@@ -20,6 +20,7 @@ from kernels.bench.case import (
     Check,
     Draw,
     Implementation,
+    Layout,
     Operation,
     Outputs,
     Tensors,
@@ -134,7 +135,7 @@ def _case(operation: Operation, shape: tuple[int, ...], dtype: torch.dtype, brie
     if not brief:
         peers["torch.compile"] = compiled(PLAIN[operation])
     if operation is SWIGLU:
-        peers["Liger"] = Implementation(_liger_swiglu, _copied)
+        peers["Liger"] = Implementation(_liger_swiglu, COPIED)
     return Case(
         operation,
         name(shape),
@@ -149,9 +150,8 @@ def _case(operation: Operation, shape: tuple[int, ...], dtype: torch.dtype, brie
     )
 
 
-def _copied(tensors: Tensors) -> Tensors:
-    """Liger's backward writes the gradients over its inputs, which must not be everybody's."""
-    return {name: each.detach().clone().requires_grad_() for name, each in tensors.items()}
+# Liger's backward writes the gradients over its inputs, which must not be everybody's
+COPIED = Layout(torch.Tensor.clone, lambda each: each)
 
 
 def _liger_swiglu() -> Callable[[Tensors], torch.Tensor]:

@@ -17,10 +17,12 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.bench.case import (
+    COMPILED,
     Case,
     Check,
     Draw,
     Implementation,
+    Layout,
     Operation,
     Outputs,
     Tensors,
@@ -30,13 +32,17 @@ from kernels.bench.case import (
 from kernels.bench.measure import BACKWARD, FORWARD
 from kernels.bench.peers import imported, needs_cuda
 
-OPERATION = Operation("kernels.attention", "attention", frozenset({"triton", "gluon", "blocked"}))
+OPERATION = Operation(
+    "kernels.attention", "attention", own=frozenset({"triton", "gluon", "blocked"}), last=frozenset({"gluon"})
+)
 SDPA_KERNELS = {
-    "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
     "SDPA flash": SDPBackend.FLASH_ATTENTION,
+    "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
     "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
     "SDPA math": SDPBackend.MATH,
 }
+SAME = {"flash": "SDPA flash", "cudnn": "SDPA cuDNN", "efficient": "SDPA efficient"}
+MOST_FOR_MATH = 2048  # tokens; it stores all scores in fp32
 FLASH = {"FlashAttention 2": "flash_attn", "FlashAttention 3": "flash_attn_interface"}
 DOCUMENT = 1024  # the longest; they fill half of it on average
 Options = Mapping[str, Any]
@@ -58,11 +64,11 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     half = torch.bfloat16
     hopper = {FORWARD: {"triton": 1.45, "gluon": 1.10}, BACKWARD: {"triton": 1.7, "gluon": 1.25}}
     rows = [
-        _dense("full 4k", (16, 16, 4096, 128), half, targets=hopper),
-        _dense("causal 4k", (16, 16, 4096, 128), half, {"causal": True}, hopper),
         _dense("ViT-L", (256, 16, 257, 64), half, targets={FORWARD: {"": 0.9}, BACKWARD: {"": 1.0}}),
+        _dense("full 4k", (16, 16, 4096, 128), half, targets=hopper),
         _dense("So400m", (64, 16, 729, 72), half, targets={FORWARD: {"": 0.95}, BACKWARD: {"": 1.1}}),
         _packed(16, 65536, 64, half),
+        _dense("causal 4k", (16, 16, 4096, 128), half, {"causal": True}, hopper),
         _packed(16, 65536, 72, half),
     ]
     if quick:
@@ -161,6 +167,7 @@ def _dense(
     batch, heads, tokens, size = shape
     flops = 4.0 * batch * heads * pairs(options, tokens) * size
     tensor_bytes = float(batch * heads * tokens * size * dtype.itemsize)
+    peers = _dense_peers(options, tokens, dtype)
     return Case(
         OPERATION,
         name,
@@ -168,10 +175,14 @@ def _dense(
         (FORWARD, BACKWARD),
         _draw(shape, dtype),
         _call(options),
-        _dense_peers(options, tokens, dtype),
+        peers,
         {FORWARD: flops, BACKWARD: 2.5 * flops},
         {FORWARD: 4 * tensor_bytes, BACKWARD: 8 * tensor_bytes},
         targets or {},
+        {name: peer for name, peer in SAME.items() if peer in peers},
+        {"SDPA math": f"it stores all scores in fp32: more than {MOST_FOR_MATH} tokens"}
+        if tokens > MOST_FOR_MATH
+        else {},
     )
 
 
@@ -184,8 +195,8 @@ def _dense_peers(options: Options, tokens: int, dtype: torch.dtype) -> dict[str,
     if simple:
         peers |= {name: plain(partial(_sdpa_by, kernel, causal)) for name, kernel in SDPA_KERNELS.items()}
     for name, module in FLASH.items():
-        peers[name] = Implementation(partial(_flash, module, options), _heads_second)
-    peers["FlexAttention"] = Implementation(needs_cuda(partial(_flex, options, tokens)))
+        peers[name] = Implementation(partial(_flash, module, options), HEADS_SECOND)
+    peers["FlexAttention"] = Implementation(needs_cuda(partial(_flex, options, tokens)), round=COMPILED)
     return peers
 
 
@@ -198,9 +209,8 @@ def _sdpa_by(kernel: SDPBackend, causal: bool, tensors: Tensors) -> torch.Tensor
         return _sdpa(causal, tensors)
 
 
-def _heads_second(tensors: Tensors) -> Tensors:
-    """[B, S, H, K], as FlashAttention takes it."""
-    return {name: each.detach().transpose(1, 2).contiguous().requires_grad_() for name, each in tensors.items()}
+# [B, S, H, K], as FlashAttention takes it
+HEADS_SECOND = Layout(lambda each: each.transpose(1, 2).clone(), lambda each: each.transpose(1, 2))
 
 
 def _flash(module: str, options: Options) -> Callable[[Tensors], torch.Tensor]:
@@ -267,11 +277,11 @@ def _packed(heads: int, tokens: int, size: int, dtype: torch.dtype, longest: int
     lengths = lengths_of(tokens, longest)
     flops = 4.0 * heads * size * sum(length**2 for length in lengths)
     tensor_bytes = float(heads * tokens * size * dtype.itemsize)
-    peers = {"padded SDPA": plain(_padded_sdpa, partial(_padded, lengths, longest))}
+    peers = {"padded SDPA": plain(_padded_sdpa, padded(lengths, longest))}
     if dtype != torch.float32:
-        peers["FlexAttention"] = Implementation(needs_cuda(partial(_flex_packed, lengths)))
+        peers["FlexAttention"] = Implementation(needs_cuda(partial(_flex_packed, lengths)), round=COMPILED)
         for name, module in FLASH.items():
-            peers[name] = Implementation(partial(_flash_packed, module, max(lengths)), _tokens_first)
+            peers[name] = Implementation(partial(_flash_packed, module, max(lengths)), TOKENS_FIRST)
     return Case(
         OPERATION,
         f"packed {size}",
@@ -286,17 +296,24 @@ def _packed(heads: int, tokens: int, size: int, dtype: torch.dtype, longest: int
     )
 
 
-def _padded(lengths: list[int], longest: int, tensors: Tensors) -> Tensors:
-    """[documents, H, longest, K] with zeros behind the end, and which keys are there."""
-    padded: Tensors = {}
-    for name in "qkv":
-        parts_BTHK = tensors[name].detach()[0].transpose(0, 1).split(lengths)
-        batch = torch.nn.utils.rnn.pad_sequence(list(parts_BTHK), batch_first=True)
+def padded(lengths: list[int], longest: int) -> Layout:
+    """[documents, H, longest, K] with zeros behind the end, and which keys are there ("seen")."""
+
+    def own(each_1HTK: torch.Tensor) -> torch.Tensor:
+        parts_THK = each_1HTK[0].transpose(0, 1).split(lengths)
+        batch = torch.nn.utils.rnn.pad_sequence(list(parts_THK), batch_first=True)
         batch = F.pad(batch, (0, 0, 0, 0, 0, longest - batch.shape[1]))
-        padded[name] = batch.transpose(1, 2).contiguous().requires_grad_()
-    place_S = torch.arange(longest, device=tensors["q"].device)
-    ends_B = torch.tensor(lengths, device=place_S.device)
-    return {**padded, "seen": (place_S < ends_B[:, None])[:, None, None]}
+        return batch.transpose(1, 2).contiguous()
+
+    def usual(each_DHSK: torch.Tensor) -> torch.Tensor:
+        return torch.cat([each_DHSK[place, :, :length] for place, length in enumerate(lengths)], 1)[None]
+
+    def extra(tensors: Tensors) -> Tensors:
+        place_S = torch.arange(longest, device=tensors["q"].device)
+        ends_D = torch.tensor(lengths, device=place_S.device)
+        return {"seen": (place_S < ends_D[:, None])[:, None, None]}
+
+    return Layout(own, usual, extra)
 
 
 def _padded_sdpa(tensors: Tensors) -> torch.Tensor:
@@ -318,10 +335,12 @@ def _flex_packed(lengths: list[int]) -> Callable[[Tensors], torch.Tensor]:
     return lambda tensors: function(tensors["q"], tensors["k"], tensors["v"], block_mask=mask)
 
 
-def _tokens_first(tensors: Tensors) -> Tensors:
-    """[T, H, K], as FlashAttention takes packed documents."""
-    own = {name: tensors[name].detach()[0].transpose(0, 1).contiguous().requires_grad_() for name in "qkv"}
-    return {**own, "starts": tensors["starts"]}
+# [T, H, K], as FlashAttention takes packed documents
+TOKENS_FIRST = Layout(
+    lambda each_1HTK: each_1HTK[0].transpose(0, 1).clone(),
+    lambda each_THK: each_THK.transpose(0, 1)[None],
+    lambda tensors: {"starts": tensors["starts"]},
+)
 
 
 def _flash_packed(module: str, longest: int) -> Callable[[Tensors], torch.Tensor]:

@@ -1,7 +1,10 @@
 """What is measured: an operation at one shape, with our backends and its peers; and what is checked.
 
 An implementation is a function of named tensors, and the leaves are those that require a gradient. One that wants its
-tensors otherwise laid out (packed, padded, [B, S, H, K]) has a `prepare`, which is not timed.
+tensors otherwise laid out (packed, padded, [B, S, H, K]) has a `Layout`; the rearrangement is not timed.
+
+Implementations are measured in rounds, so that a run that is cut off has what matters: first those that start at once,
+then what torch.compile makes (tens of seconds each before the first call), last what could hang.
 """
 
 from __future__ import annotations
@@ -22,6 +25,24 @@ Call = Callable[[Tensors], Outputs]
 Draw = Callable[[torch.device], Tensors]
 
 AUTO = "auto"
+FIRST, COMPILED, LAST = "first", "compiled", "last"  # the rounds
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Another arrangement of a case's tensors.
+
+    own: a tensor of the case, which is a leaf or has the shape of its output, as the implementation wants it (a copy).
+    usual: one of its results as the case has it. extra: what it needs besides, made of the case's tensors.
+    """
+
+    own: Callable[[torch.Tensor], torch.Tensor]
+    usual: Callable[[torch.Tensor], torch.Tensor]
+    extra: Callable[[Tensors], Tensors] = lambda tensors: {}
+
+    def tensors(self, tensors: Tensors) -> Tensors:
+        leaves = {name: each for name, each in tensors.items() if each.requires_grad}
+        return {name: self.own(each.detach()).requires_grad_() for name, each in leaves.items()} | self.extra(tensors)
 
 
 @dataclass(frozen=True)
@@ -29,36 +50,47 @@ class Implementation:
     """One way to compute an operation. `make()` gives the call, and raises where this machine lacks what it needs."""
 
     make: Callable[[], Call]
-    prepare: Callable[[Tensors], Tensors] | None = None
+    layout: Layout | None = None
+    round: str = FIRST
 
     def run(self, tensors: Tensors) -> Run:
         """With tensors of its own layout; their gradients are those of fresh leaves."""
         call = self.make()
-        if self.prepare is not None:
-            tensors = self.prepare(tensors)
+        if self.layout is not None:
+            tensors = self.layout.tensors(tensors)
         return Run(lambda: call(tensors), [each for each in tensors.values() if each.requires_grad])
 
+    def own(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Gradients of the case's outputs, as those of the implementation's."""
+        return [self.layout.own(each) if self.layout and each.ndim else each for each in tensors]
 
-def plain(call: Call, prepare: Callable[[Tensors], Tensors] | None = None) -> Implementation:
+    def usual(self, results: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Its results as the case has them."""
+        return [self.layout.usual(each) if self.layout and each.ndim else each for each in results]
+
+
+def plain(call: Call, layout: Layout | None = None) -> Implementation:
     """An implementation that needs nothing special."""
-    return Implementation(lambda: call, prepare)
+    return Implementation(lambda: call, layout)
 
 
 def compiled(call: Call) -> Implementation:
     """torch.compile of a plain definition."""
-    return Implementation(lambda: torch.compile(call, fullgraph=True, dynamic=False))
+    return Implementation(lambda: torch.compile(call, fullgraph=True, dynamic=False), round=COMPILED)
 
 
 @dataclass(frozen=True)
 class Operation:
     """A public function of kernels, looked up when used: a missing one is a row that says so, not a missing row.
 
-    own: its backends that are code of kernels, and not a library's that it dispatches to.
+    own: its backends that are code of kernels, and not a library's that it dispatches to. last: those that are
+    measured after all else, because a first run could hang.
     """
 
     module: str
     function: str
     own: frozenset[str] = frozenset({"triton"})
+    last: frozenset[str] = frozenset()
 
     def load(self) -> Callable[..., Any]:
         return getattr(importlib.import_module(self.module), self.function)  # type: ignore[no-any-return]
@@ -83,7 +115,10 @@ class Operation:
 
             return make
 
-        return {backend: Implementation(maker(backend)) for backend in self.backends()}
+        return {
+            backend: Implementation(maker(backend), round=LAST if backend in self.last else FIRST)
+            for backend in self.backends()
+        }
 
     def chosen(self, call: Callable[[Callable[..., Any], Tensors], Outputs], tensors: Tensors) -> str:
         """The backend that "auto" takes for a call."""
@@ -101,8 +136,10 @@ class Operation:
 class Case:
     """An operation at one shape.
 
-    passes: which of FORWARD, BACKWARD, BOTH are measured; flops and bytes are what each needs at least. targets: by
-    pass and backend, the time that is aimed at as a part of the best peer's; "" stands for every own backend.
+    passes: which of FORWARD, BACKWARD, BOTH are measured; flops and bytes are what each needs at least. peers: the
+    first that runs is what the results of all others are compared with. targets: by pass and backend, the time that is
+    aimed at as a part of the best peer's; "" stands for every own backend. same: our backends that do nothing but call
+    a peer, which is timed once for both. left_out: by name, why an implementation is not measured at this shape.
     """
 
     operation: Operation
@@ -115,10 +152,20 @@ class Case:
     flops: Mapping[str, float]
     bytes: Mapping[str, float]
     targets: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    same: Mapping[str, str] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
         return f"{self.operation.function}: {self.name}"
+
+    def own_rounds(self) -> set[str]:
+        """Those in which a backend of ours is measured."""
+        return {each.round for each in self.operation.implementations(self.call).values()}
+
+    def rounds(self) -> set[str]:
+        """Those in which something of it is measured."""
+        return self.own_rounds() | {each.round for each in self.peers.values()}
 
 
 @dataclass(frozen=True)

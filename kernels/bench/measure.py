@@ -1,9 +1,10 @@
 """Time, peak memory and the ceilings of the machine.
 
 Design choices:
-- Time on a GPU is between two CUDA events. Before them come a write that is larger than the L2 cache, so that inputs
-  are read from memory, and a kernel that only waits, so that the host has queued the whole operation when the first
-  event passes: what a host that is slower than 1 ms costs an operation is in its time, less is not.
+- Time on a GPU is between two CUDA events. Before them come a read of more than the L2 cache holds, so that inputs
+  are read from memory (a write would leave lines that are written back within the time of the operation), and a kernel
+  that only waits, so that the host has queued the whole operation when the first event passes: what a host that is
+  slower than 1 ms costs an operation is in its time, less is not.
 - What is measured of one case takes turns, repetition by repetition, so that clocks and neighbours fall on all alike.
 - A backward pass is measured by itself after a forward pass that is not timed, so its graph is fresh each time.
 - Peak memory is what the operation, forward and backward together where there is a backward, allocates beyond its
@@ -27,8 +28,9 @@ import torch
 FORWARD, BACKWARD, BOTH = "forward", "backward", "both"
 WAIT_CYCLES = 2_000_000  # about 1 ms
 COLD_BYTES = {"cuda": 256 << 20, "cpu": 64 << 20}  # at least; larger than the last cache that we know of
-REPETITIONS = ((0.1, 30), (0.5, 10), (float("inf"), 3))  # by the seconds that one takes
-QUICK_REPETITIONS = ((0.1, 5), (float("inf"), 3))
+SLOW = 5.0  # seconds; what takes longer is measured once
+REPETITIONS = ((0.02, 30), (0.1, 15), (0.5, 8), (SLOW, 3))  # by the seconds that one takes
+QUICK_REPETITIONS = ((0.1, 5), (SLOW, 3))
 
 Action = Callable[[], Any]
 
@@ -77,11 +79,12 @@ class Clock:
         size = COLD_BYTES[device.type]
         if device.type == "cuda":
             size = max(size, 4 * getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0))
-        self._cold = torch.empty(size, dtype=torch.int8, device=device)
+        self._cold = torch.zeros(size // 4, device=device)
+        self._sum = torch.zeros((), device=device)
 
     def seconds(self, action: Action) -> float:
         """How long an action takes."""
-        self._cold.zero_()
+        torch.sum(self._cold, dim=0, out=self._sum)
         if self.device.type != "cuda":
             began = time.perf_counter()
             action()
@@ -96,12 +99,18 @@ class Clock:
 
 
 def take_turns(
-    clock: Clock, stages: Mapping[str, Callable[[], Action]], quick: bool, deadline: float
+    clock: Clock,
+    stages: Mapping[str, Callable[[], Action]],
+    quick: bool,
+    deadline: float,
+    begins: Callable[[str], None] = lambda name: None,
+    failed_with: Callable[[Exception], None] = lambda error: None,
 ) -> dict[str, Timing | Exception]:
     """Time what each stage returns, in turns; all are warm. `deadline` (time.monotonic) ends it after 3 rounds or more.
 
     How often one is repeated depends on the seconds it took the first time. One that raises is out from there on, and
-    its exception stands in place of its time.
+    its exception stands in place of its time. begins(name): before each repetition, so that a death is blamed on the
+    right one. failed_with(error): at once; it may raise, which ends all.
     """
     seconds: dict[str, list[float]] = {name: [] for name in stages}
     failed: dict[str, Exception] = {}
@@ -111,20 +120,24 @@ def take_turns(
         if turn > 3 and time.monotonic() > deadline:
             break
         for name in alive:
+            begins(name)
             try:
                 seconds[name].append(clock.seconds(stages[name]()))
             except Exception as error:
+                failed_with(error)
                 failed[name] = error.with_traceback(None)  # which would keep its tensors alive
                 continue
-            if turn == 0:  # this one sets the number and does not count
+            if turn == 0:  # this one sets the number, and counts only where it is the only one
                 rules = QUICK_REPETITIONS if quick else REPETITIONS
-                wanted[name] = 1 + next(n for limit, n in rules if seconds[name][0] < limit)
+                wanted[name] = 1 + next((n for limit, n in rules if seconds[name][0] < limit), 0)
         turn += 1
-    return {name: failed[name] if name in failed else timing(seconds[name][1:]) for name in stages}
+    return {name: failed[name] if name in failed else timing(seconds[name][1:] or seconds[name]) for name in stages}
 
 
 def timing(seconds: Sequence[float]) -> Timing:
-    """Sum up two repetitions or more."""
+    """Sum up the repetitions."""
+    if len(seconds) == 1:
+        return Timing(seconds[0], seconds[0], seconds[0], seconds[0], 1)
     low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
     return Timing(middle, low, high, min(seconds), len(seconds))
 
@@ -168,7 +181,7 @@ def ceilings(clock: Clock, quick: bool) -> dict[str, Any]:
         "product": lambda: lambda: torch.mm(a, b, out=product),
     }
     times = {}
-    for name, took in take_turns(clock, stages, quick, deadline=time.monotonic() + 60).items():
+    for name, took in take_turns(clock, stages, quick, deadline=time.monotonic() + 10).items():
         if isinstance(took, Exception):
             raise took
         times[name] = took

@@ -36,7 +36,7 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
         _case(operation, rows, width, dtype, residual, brief=quick and device.type != "cuda")
         for rows, width in shapes
         for operation in (LAYER, RMS)
-        for residual in (False, True)
+        for residual in (True, False)
     ]
 
 

@@ -1,6 +1,6 @@
 """InfoNCE over the embeddings of several GPUs, one process each, beside the gathered loss that is usual.
 
-    rows(...) starts `python -m kernels.bench.ranks FOLDER RANK WORLD PAIRS SIZE DEVICE` once a rank.
+    rows(...) starts `python -m kernels.bench.ranks FOLDER RANK WORLD PAIRS SIZE DEVICE PARENT` once a rank.
 
 A time is the longest of all ranks', forward and backward, collectives included; memory is the largest rank's.
 
@@ -10,6 +10,7 @@ Axes: n pairs of one rank, N pairs of all, D embedding size.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ import torch.distributed.nn.functional as differentiable
 import torch.nn.functional as F
 
 from kernels.bench.measure import BOTH, Clock, Run, peak_bytes, timing
+from kernels.bench.process import die_with
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 SECONDS = 50.0  # for all ranks together
@@ -88,7 +90,7 @@ def _run_ranks(folder: str, world: int, *sizes: int | str) -> str:
     """Start the ranks and wait for them; what went wrong, or an empty string."""
     processes = []
     for rank in range(world):
-        command = [sys.executable, "-m", "kernels.bench.ranks", folder, *map(str, (rank, world, *sizes))]
+        command = [sys.executable, "-m", "kernels.bench.ranks", folder, *map(str, (rank, world, *sizes, os.getpid()))]
         with Path(folder, f"{rank}.log").open("w") as log:
             processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log))
     limit = time.monotonic() + SECONDS
@@ -153,5 +155,6 @@ def main(folder: str, rank: int, world: int, pairs: int, size: int, device: str)
 
 
 if __name__ == "__main__":
+    die_with(int(sys.argv[7]))
     rank, world, pairs, size = map(int, sys.argv[2:6])
     main(sys.argv[1], rank, world, pairs, size, sys.argv[6])

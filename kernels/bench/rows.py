@@ -1,25 +1,35 @@
-"""Make the rows of a check and of a case: every implementation in turn, and one that raises is a row that says why."""
+"""Make the rows of a check and of a case: every implementation in turn, and one that raises is a row that says why.
+
+Design choices:
+- A row is given out when it exists, not at the end of its case: a run that is cut off keeps it.
+- No time without truth: the results of whatever is timed, gradients too, are first compared with those of the first
+  peer that runs. What differs is "wrong", and not timed. Small errors are for check.py, on inputs with an fp64 answer.
+- Before each repetition `Bench.started` is told what comes, and after an exception on a GPU the device is asked at once
+  whether it lives: so a hang, a crash and a lost device are blamed on the right implementation.
+"""
 
 from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
-from kernels.bench.case import Case, Check, Implementation, Tensors
+from kernels.bench.case import FIRST, Case, Check, Implementation, Tensors, short
 from kernels.bench.check import Judge
-from kernels.bench.measure import BACKWARD, Action, Clock, Run, as_list, peak_bytes, take_turns
+from kernels.bench.measure import BACKWARD, FORWARD, Action, Clock, Run, Timing, as_list, peak_bytes, take_turns
 from kernels.bench.peers import MissingPeerError
 
 OURS, PEER = "kernels", "peer"
-OK, REFUSED, MISSING, ERROR = "ok", "refused", "missing", "error"
+OK, REFUSED, MISSING, ERROR, WRONG, LEFT_OUT = "ok", "refused", "missing", "error", "wrong", "left out"
 CHOOSING = "choice of auto"
 MESSAGE_CHARACTERS = 300
 SDPA_REFUSALS = ("No available kernel", "No viable backend")  # what torch says when it was left one kernel only
+TRIAL_FAILED = "its trial on "  # of kernels/dispatch.py: not a refusal, but a kernel that is wrong
+SAME_NUMBERS = {2: 5e-2, 4: 1e-3, 8: 1e-6}  # relative error (norm) by the bytes of the inputs' numbers
 
 Row = dict[str, Any]
 
@@ -32,132 +42,216 @@ class DeviceLostError(Exception):
 class Bench:
     """Where and how to measure, and whom to tell.
 
-    started(section, row): this row is being worked on; should the process die, it is the row to blame.
-    skip: implementations that have killed a process before, and get no second chance.
+    round: which implementations (case.py). started(section, row, first): this row is being worked on; should the
+    process die, it is the row to blame; `first`: it may have to be compiled. skip: by function and then by group and
+    name, why an implementation gets no second chance: it has ended a process.
     """
 
     clock: Clock
     quick: bool = False
     ceilings: Mapping[str, Any] = field(default_factory=dict)
-    skip: Collection[str] = ()
-    case_seconds: float = 25.0
-    started: Callable[[str, Row], None] = lambda section, row: None
+    skip: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    case_seconds: float = 8.0
+    round: str = FIRST
+    started: Callable[[str, Row, bool], None] = lambda section, row, first: None
 
     @property
     def device(self) -> torch.device:
         return self.clock.device
 
+    def skipped(self, function: str, group: str, name: str) -> str:
+        """Why it is not run any more, or ""."""
+        return self.skip.get(function, {}).get(f"{group} {name}", "")
 
-def check_rows(check: Check, bench: Bench) -> list[Row]:
-    """One row a backend: passed, the worst of its quantities, and all of them."""
-    blank: Row = {"operation": check.operation.function, "case": check.key.split(": ", 1)[1]}
+
+def check_rows(check: Check, bench: Bench) -> Iterator[Row]:
+    """One row a backend of the round: passed, the worst of its quantities, and all of them."""
+    function = check.operation.function
+    blank: Row = {"operation": function, "case": check.key.split(": ", 1)[1]}
+    ours = {
+        backend: each
+        for backend, each in check.operation.implementations(check.call).items()
+        if each.round == bench.round and not bench.skipped(function, OURS, backend)
+    }
+    if not ours:
+        return
     try:
         judge = Judge(check, bench.device)
     except Exception as error:
-        _raise_if_lost(bench.device, error)
-        return [{**blank, "implementation": "reference", "passed": False, **failure(error)}]
-    rows = []
-    for backend, implementation in check.operation.implementations(check.call).items():
-        if backend in bench.skip:
-            continue
+        raise_if_lost(bench.device, error)
+        yield {**blank, "implementation": "reference", "passed": False, **failure(error)}
+        return
+    for backend, implementation in ours.items():
         row: Row = {**blank, "implementation": backend, "passed": False}
-        bench.started("checks", row)
+        bench.started("checks", row, True)
         try:
             quantities = judge.rows(implementation.make())
         except Exception as error:
-            _raise_if_lost(bench.device, error)
-            rows.append({**row, **failure(error)})
+            raise_if_lost(bench.device, error)
+            yield {**row, **failure(error)}
             continue
         worst = max(quantities, key=lambda each: (not each["passed"], each["error"] / max(each["allowed"], 1e-300)))
         passed = all(each["passed"] for each in quantities)
-        rows.append({**row, "passed": passed, "status": OK, "worst": worst, "quantities": quantities})
-    return rows
+        yield {**row, "passed": passed, "status": OK, "worst": worst, "quantities": quantities}
 
 
 @dataclass
 class _Ready:
-    """An implementation that has run once, and what it took."""
+    """An implementation that has run, its results in the case's layout, and the memory that each pass took."""
 
     row: Row
     run: Run
     given: list[torch.Tensor]
+    results: list[torch.Tensor]
     extra_bytes: dict[str, int]
 
     def stages(self, which: str) -> Callable[[], Action]:
         return lambda: self.run.stage(which, self.given)
 
 
-def case_rows(case: Case, bench: Bench) -> list[Row]:
-    """One row a pass and implementation."""
+def case_rows(case: Case, bench: Bench) -> Iterator[Row]:
+    """One row a pass and implementation of the round."""
     tensors = case.draw(bench.device)
-    auto = _auto_of(case, tensors, bench)
-    rows: list[Row] = []
+    right = None if bench.round == FIRST else _reference(case, tensors, bench)  # what results must agree with
+    blank: Row = {
+        "operation": case.operation.function,
+        "case": case.name,
+        "shape": f"{case.shape} {short(next(iter(tensors.values())).dtype)}",
+    }
+    auto = _auto_of(case, tensors, bench, blank)
     ready: dict[str, _Ready] = {}
-    ours = case.operation.implementations(case.call)
-    groups = ((OURS, ours), (PEER, case.peers))
-    for group, implementations in groups:
-        for name, implementation in implementations.items():
-            row: Row = {
-                "operation": case.operation.function,
-                "case": case.name,
-                "shape": f"{case.shape} {_dtype_of(tensors)}",
-                "implementation": name,
-                "group": group,
-                "own": group == OURS and name in case.operation.own,
-                "auto": group == OURS and name == auto,
-            }
-            if name in bench.skip:
-                continue
-            bench.started("rows", {**row, "pass": case.passes[0]})
-            try:
-                ready[f"{group} {name}"] = _warm(case, implementation, tensors, row, bench.device)
-            except Exception as error:
-                _raise_if_lost(bench.device, error)
-                rows += [{**row, "pass": each, **failure(error)} for each in case.passes]
+    for group, name, implementation in _in_order(case, bench.round):
+        own = group == OURS and name in case.operation.own
+        row = {**blank, "implementation": name, "group": group, "own": own, "auto": group == OURS and name == auto}
+        rows = [{**row, "pass": each} for each in case.passes]
+        if why := case.left_out.get(name, "") or bench.skipped(case.operation.function, group, name):
+            yield from ({**each, "status": LEFT_OUT, "message": why} for each in rows)
+            continue
+        bench.started("rows", rows[0], True)
+        try:
+            one = _warm(case, implementation, tensors, row, bench.device)
+        except Exception as error:
+            raise_if_lost(bench.device, error)
+            told = failure(error)
+            yield from ({**each, **told} for each in rows)
+            continue
+        finally:
             _free(bench.device)
+        if difference := _difference(one, right, tensors):
+            yield from ({**each, "status": WRONG, "message": difference} for each in rows)
+            continue
+        if right is None:
+            right = one
+        else:
+            one.results = []
+        ready[f"{group} {name}"] = one
+    yield from _timed(case, ready, bench)
+
+
+def _in_order(case: Case, which_round: str) -> Iterator[tuple[str, str, Implementation]]:
+    """Peers first: ours are compared with them."""
+    for group, implementations in ((PEER, case.peers), (OURS, case.operation.implementations(case.call))):
+        yield from ((group, name, each) for name, each in implementations.items() if each.round == which_round)
+
+
+def _timed(case: Case, ready: Mapping[str, _Ready], bench: Bench) -> Iterator[Row]:
+    """Times, pass by pass. One of ours that does what a peer does has its time: nothing is measured twice."""
+    borrowed = {f"{OURS} {name}": f"{PEER} {peer}" for name, peer in case.same.items()}
+    borrowed = {name: peer for name, peer in borrowed.items() if name in ready and peer in ready}
     deadline = time.monotonic() + bench.case_seconds
-    for which in case.passes:
-        stages = {name: each.stages(which) for name, each in ready.items()}
-        for name, took in take_turns(bench.clock, stages, bench.quick, deadline).items():
-            one = ready[name]
-            if isinstance(took, Exception):
-                _raise_if_lost(bench.device, took)
-                rows.append({**one.row, "pass": which, **failure(took)})
-                continue
-            limits = _against_ceilings(case, which, took.seconds, bench.ceilings)
-            figures = {**asdict(took), "extra_bytes": one.extra_bytes[which], **limits}
-            rows.append({**one.row, "pass": which, "status": OK, **figures, "target": _target(case, which, one.row)})
-    return rows
+    for place, which in enumerate(case.passes):
+        if place:
+            deadline = max(deadline, time.monotonic() + bench.case_seconds / 2)
+
+        def begins(name: str, which: str = which) -> None:
+            bench.started("rows", {**ready[name].row, "pass": which}, False)
+
+        stages = {name: each.stages(which) for name, each in ready.items() if name not in borrowed}
+        took = take_turns(
+            bench.clock, stages, bench.quick, deadline, begins, lambda error: raise_if_lost(bench.device, error)
+        )
+        for name in ready:
+            yield _row_of(case, which, ready[name], took[borrowed.get(name, name)], bench, borrowed.get(name, ""))
+
+
+def _row_of(case: Case, which: str, one: _Ready, took: Timing | Exception, bench: Bench, measured_as: str) -> Row:
+    row: Row = {**one.row, "pass": which, **({"measured_as": measured_as} if measured_as else {})}
+    if isinstance(took, Exception):
+        return {**row, **failure(took)}
+    limits = _against_ceilings(case, which, took.seconds, bench.ceilings)
+    figures = {**asdict(took), "extra_bytes": one.extra_bytes[which], **limits}
+    return {**row, "status": OK, **figures, "target": _target(case, which, one.row)}
 
 
 def _warm(case: Case, implementation: Implementation, tensors: Tensors, row: Row, device: torch.device) -> _Ready:
-    """Compile, then measure the memory of each pass; a backward's is that of forward and backward."""
+    """Compile, keep the results, and measure the memory of each pass; a backward's is that of forward and backward."""
     run = implementation.run(tensors)
+    outputs = as_list(run.forward())
     generator = torch.Generator(device).manual_seed(7)
-    given = [
+    usual = [
         torch.randn(each.shape, device=device, generator=generator).to(each.dtype) if each.ndim else
-        torch.ones_like(each.detach())
-        for each in as_list(run.forward())
+        torch.ones_like(each)
+        for each in implementation.usual([each.detach() for each in outputs])
     ]  # fmt: skip
+    given = implementation.own(usual)
+    results = [each.detach() for each in outputs]
+    if case.passes != (FORWARD,):
+        results += [each for each in run.gradients(outputs, given) if each is not None]
+    del outputs
     extra = {}
     for which in case.passes:
-        run.stage(which, given)()
         whole = (lambda: run.stage(BACKWARD, given)()) if which == BACKWARD else run.stage(which, given)
         extra[which] = peak_bytes(whole, device)
-    return _Ready(row, run, given, extra)
+    return _Ready(row, run, given, implementation.usual(results), extra)
 
 
-def _auto_of(case: Case, tensors: Tensors, bench: Bench) -> str:
-    """What "auto" would take; choosing may run a kernel on trial."""
-    if CHOOSING in bench.skip:
+def _reference(case: Case, tensors: Tensors, bench: Bench) -> _Ready | None:
+    """The first implementation of the first round that runs; None where none does."""
+    for group, name, implementation in _in_order(case, FIRST):
+        if name in case.left_out or bench.skipped(case.operation.function, group, name):
+            continue
+        row: Row = {"operation": case.operation.function, "case": case.name, "shape": case.shape, "group": group}
+        row |= {"implementation": name, "own": False, "auto": False, "pass": case.passes[0]}
+        bench.started("rows", row, True)
+        try:
+            one = _warm(case, implementation, tensors, row, bench.device)
+        except Exception as error:  # its own row, of the first round, says why
+            raise_if_lost(bench.device, error)
+            continue
+        if not _difference(one, None, tensors):
+            return one
+    return None
+
+
+def _difference(one: _Ready, right: _Ready | None, tensors: Tensors) -> str:
+    """What is wrong with the results, or "": nan and infinity are, and what differs from the right ones."""
+    limit = SAME_NUMBERS[min(each.dtype.itemsize for each in tensors.values() if each.is_floating_point())]
+    for place, own in enumerate(one.results):
+        if not own.isfinite().all():
+            return f"result {place} is not finite"
+    if right is None:
         return ""
-    blank: Row = {"operation": case.operation.function, "case": case.name, "shape": case.shape, "pass": case.passes[0]}
-    told = {"group": OURS, "own": False, "auto": False, "implementation": CHOOSING}
-    bench.started("rows", {**blank, **told})
+    peer = right.row["implementation"]
+    if [each.shape for each in one.results] != [each.shape for each in right.results]:
+        shapes = [[list(each.shape) for each in which.results] for which in (one, right)]
+        return f"results of shapes {shapes[0]}, and {peer} has {shapes[1]}"
+    for place, (own, wanted) in enumerate(zip(one.results, right.results, strict=True)):
+        error = float((own.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-30))
+        if not error <= limit:
+            return f"result {place} is off by {error:.1e} from that of {peer}, {limit:.0e} is allowed"
+    return ""
+
+
+def _auto_of(case: Case, tensors: Tensors, bench: Bench, blank: Row) -> str:
+    """What "auto" would take; choosing may run a kernel on trial."""
+    if bench.skipped(case.operation.function, OURS, CHOOSING) or bench.round not in case.own_rounds():
+        return ""
+    row = {**blank, "pass": case.passes[0], "group": OURS, "own": False, "auto": False, "implementation": CHOOSING}
+    bench.started("rows", row, True)
     try:
         return case.operation.chosen(case.call, tensors)
     except Exception as error:  # the rows of its backends will say what is wrong with the operation
-        _raise_if_lost(bench.device, error)
+        raise_if_lost(bench.device, error)
         return ""
 
 
@@ -178,22 +272,17 @@ def _against_ceilings(case: Case, which: str, seconds: float, ceilings: Mapping[
     return {**rates, "bound": bound, "floor_seconds": floors[bound], "fraction": floors[bound] / seconds}
 
 
-def _dtype_of(tensors: Tensors) -> str:
-    from kernels.bench.case import short
-
-    return short(next(iter(tensors.values())).dtype)
-
-
 def failure(error: Exception) -> Row:
     """A status and one line of text."""
     line = (str(error).strip().splitlines() or [""])[0][:MESSAGE_CHARACTERS]
     if isinstance(error, MissingPeerError):
         return {"status": MISSING, "message": line}
     refused = line.startswith(SDPA_REFUSALS) or (isinstance(error, ValueError) and "cannot do this" in line)
+    refused = refused and TRIAL_FAILED not in line
     return {"status": REFUSED if refused else ERROR, "message": f"{type(error).__name__}: {line}"}
 
 
-def _raise_if_lost(device: torch.device, error: Exception) -> None:
+def raise_if_lost(device: torch.device, error: Exception) -> None:
     """An illegal memory access, for one, spoils the whole process."""
     if device.type != "cuda":
         return

@@ -12,8 +12,10 @@ Axes: B batch, S tokens, D width, H heads, K size of a head, E embedding.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,10 +23,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from kernels.bench.contrastive import naive_infonce
-from kernels.bench.measure import Action
+from kernels.bench.measure import Action, peak_bytes, take_turns
+from kernels.bench.rows import ERROR, OK, WRONG, Bench, Row, failure, raise_if_lost
 
 # dense bf16 peak of the data sheet, by a part of the name that torch gives the card
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+KERNELS, TORCH = "kernels", "torch"
+SAME_LOSS = 2e-2  # relative; bf16 through 24 layers
+SHORT_STEP = 0.3  # seconds; where one takes less, twice the batch fills the card better
+STEP_SECONDS = 15.0  # for the repetitions of one pair of steps
 
 
 @dataclass(frozen=True)
@@ -156,7 +163,8 @@ class Clip(nn.Module):
 def training_step(size: Size, operations: Operations, device: torch.device, compile_blocks: bool) -> Action:
     """One step of AdamW on random pairs; returns the loss. The same seed gives every caller the same start."""
     torch.manual_seed(0)
-    model = Clip(size, operations).to(device, size.dtype)
+    with device:  # 428 million random numbers take seconds on a CPU
+        model = Clip(size, operations).to(size.dtype)
     if compile_blocks:
         for block in (*model.image, *model.text):
             block.compile(fullgraph=True, dynamic=False)
@@ -176,12 +184,67 @@ def training_step(size: Size, operations: Operations, device: torch.device, comp
     return step
 
 
-def implementations(device: torch.device) -> dict[str, tuple[Callable[[], Operations], bool]]:
-    """By name: the operations, and whether each block is compiled."""
-    eager: dict[str, tuple[Callable[[], Operations], bool]] = {"kernels": (of_kernels, False), "torch": (usual, False)}
-    if device.type != "cuda":
-        return eager
-    return {**eager, "kernels, blocks compiled": (of_kernels, True), "torch, blocks compiled": (usual, True)}
+OPERATIONS: dict[str, Callable[[], Operations]] = {TORCH: usual, KERNELS: of_kernels}
+
+
+def rows(bench: Bench) -> Iterator[Row]:
+    """A pair of rows for each way to run the step: as it is; with twice the batch where it was short; with each block
+    compiled. What is compared takes turns, and its first losses must be the same."""
+    gpu = bench.device.type == "cuda"
+    size = VIT_L if gpu else SMALL
+    seconds = yield from _pair(size, False, bench)
+    if not gpu:
+        return
+    if seconds < SHORT_STEP:
+        larger = replace(size, batch=2 * size.batch)
+        if (yield from _pair(larger, False, bench)) < 2 * seconds:
+            size = larger
+    yield from _pair(size, True, bench)
+
+
+def _pair(size: Size, compile_blocks: bool, bench: Bench) -> Generator[Row, None, float]:
+    """Both ways to write it; returns the seconds of the faster one."""
+    steps: dict[str, Action] = {}
+    started: dict[str, Row] = {}
+    for name, operations in OPERATIONS.items():
+        told = f"{name}, blocks compiled" if compile_blocks else name
+        row: Row = {"operation": "train step", "case": size.name, "batch": size.batch, "implementation": told}
+        if why := bench.skipped("train step", "", told):
+            yield {**row, "status": ERROR, "message": why}
+            continue
+        bench.started("step", row, True)
+        try:
+            action = training_step(size, operations(), bench.device, compile_blocks)
+            first_loss = float(action())
+            row |= {"first_loss": first_loss, "extra_bytes": peak_bytes(action, bench.device)}
+        except Exception as error:
+            raise_if_lost(bench.device, error)
+            yield {**row, **failure(error)}
+            continue
+        wanted = started.get(TORCH, row)["first_loss"]
+        if not abs(first_loss - wanted) <= SAME_LOSS * abs(wanted):
+            yield {**row, "status": WRONG, "message": f"its first loss is {first_loss:.4f}, that of torch {wanted:.4f}"}
+            continue
+        steps[name], started[name] = action, row
+    took = take_turns(
+        bench.clock,
+        {name: partial(_same, action) for name, action in steps.items()},
+        bench.quick,
+        time.monotonic() + STEP_SECONDS,
+        lambda name: bench.started("step", started[name], False),
+        lambda error: raise_if_lost(bench.device, error),
+    )
+    for name, each in took.items():
+        if isinstance(each, Exception):
+            yield {**started[name], **failure(each)}
+            continue
+        spread = {"seconds": each.seconds, "low": each.low, "high": each.high, "n": each.n}
+        yield {**started[name], "status": OK, **spread, **figures(size, each.seconds, bench.device, bench.ceilings)}
+    return min((each.seconds for each in took.values() if not isinstance(each, Exception)), default=float("inf"))
+
+
+def _same(action: Action) -> Action:
+    return action
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -2,15 +2,19 @@
 
     python -m kernels.bench.suite --out DIR [--only attention,contrastive,...] [--quick] [--minutes 8]
 
-In order: the ceilings of the machine; every backend against fp64; times and memory beside peers; a CLIP training step;
-NVIDIA's compute-sanitizer. Results are in DIR/<card>-<date>.json from the first row on, so a run that is cut off leaves
-what it has; with matplotlib there is a picture of them too. Needs torch alone; on CPU shapes are small.
+The ceilings of the machine first; then every backend against fp64, and times and memory beside peers, the most telling
+first; a CLIP training step early; last what could hang, and NVIDIA's compute-sanitizer (jobs.py has the order). Results
+are in DIR/<card>-<date>.json from the first row on, so a run that is cut off leaves what it has; a later run of the day
+adds its rows, and what it measures again replaces the older. With matplotlib there is a picture of them too. Needs
+torch alone; on CPU shapes are small.
 
 Design choices:
-- One process measures (worker.py) and this one listens. When the other dies, or says nothing for `SILENCE` seconds,
-  what it was working on becomes a row with the reason, and a new process goes on with the rest. Whatever libraries
-  print goes to DIR/<card>-<date>.log.
-- Whatever no time is left for is listed as not run. The training step and the sanitizer have their time kept for them.
+- One process measures (worker.py) and this one listens. When the other dies, or says nothing for too long, what it was
+  working on becomes a row with the reason, its implementation is out for the rest of the run, and a new process goes
+  on. Before an implementation has run once it may be silent for `SILENCE`: it compiles. Whatever libraries print goes
+  to DIR/<card>-<date>.log.
+- Whatever no time is left for is listed as not run. `GRACE` after its minutes the run ends, whatever it is doing.
+- Ctrl-C, TERM and HUP end it in the same way, and nothing that it started outlives it.
 """
 
 from __future__ import annotations
@@ -23,11 +27,10 @@ import json
 import os
 import platform
 import re
-import select
 import shlex
 import signal
-import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -36,15 +39,18 @@ from typing import Any
 
 import torch
 
-from kernels.bench.rows import ERROR, MISSING, REFUSED
+from kernels.bench.jobs import NAMES, WHOLE, Order, jobs_of
+from kernels.bench.process import OutOfTimeError, Worker
+from kernels.bench.rows import ERROR, MISSING, OURS, REFUSED, WRONG
 from kernels.bench.table import live, markdown, verdicts
-from kernels.bench.worker import CHECK, OPERATIONS, RANKS, SANITIZER, STEP, TABLE, Order, jobs_of
 
 SILENCE = 150.0  # seconds; compiling one kernel takes tens
-STEP_SECONDS, SANITIZER_SECONDS = 90.0, 60.0  # kept for them at the end
-CHECK_PART = 0.45  # of the time
+SILENCE_ON_GPU = 20.0  # of an implementation that has run there
+GRACE = 20.0  # seconds beyond the minutes
 COMMAND = (sys.executable, "-m", "kernels.bench.worker")
 SECTIONS = ("checks", "rows", "step", "sanitizer", "failures", "not_run")
+ROW_NAMES = ("job", "operation", "case", "pass", "group", "implementation")
+SOFTWARE = ("card", "cards", "torch", "triton", "cuda", "python")  # results with the same of these can be put together
 
 
 class Record:
@@ -54,57 +60,43 @@ class Record:
         self.path = path
         self.results: dict[str, Any] = {"machine": machine, **{name: [] for name in SECTIONS}}
         self._began = time.monotonic()
+        self._seconds_before = 0.0
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            self._go_on(json.loads(path.read_text()))
         self.save()
 
+    def _go_on(self, before: dict[str, Any]) -> None:
+        """Add to what a run of the same day has left, unless another machine or library has."""
+        machine = self.results["machine"]
+        if any(before["machine"][name] != machine[name] for name in SOFTWARE):
+            return
+        commands = before["machine"]["command"].split("; ")
+        commands += [machine["command"]] if machine["command"] not in commands else []
+        quick = before["machine"]["quick"] and machine["quick"]
+        self.results = before | {"machine": {**before["machine"], "command": "; ".join(commands), "quick": quick}}
+        self._seconds_before = before["seconds"]
+
     def add(self, section: str, row: dict[str, Any]) -> None:
+        names = [row.get(each) for each in ROW_NAMES]
+        told = (each for each in self.results[section] if each.get("killed"))
+        if any(names == [each.get(name) for name in ROW_NAMES] for each in told):
+            return  # the row that tells what it did says more than one of the same job without it
         self.results[section].append(row)
         self.save()
 
-    def forget(self, job: str) -> None:
-        """Drop the rows of a job that is done again, except those that tell why."""
+    def forget(self, job: str, keep_killed: bool = False) -> None:
+        """Drop the rows of a job that is done again; within one run, not those that tell what ended a process."""
         for name in SECTIONS:
-            self.results[name] = [row for row in self.results[name] if row.get("job") != job or row.get("killed")]
+            rows = self.results[name]
+            self.results[name] = [row for row in rows if row.get("job") != job or (keep_killed and row.get("killed"))]
 
     def save(self) -> None:
         self.results["verdicts"] = verdicts(self.results["rows"])
-        self.results["seconds"] = round(time.monotonic() - self._began, 1)
+        self.results["seconds"] = round(self._seconds_before + time.monotonic() - self._began, 1)
         draft = self.path.with_suffix(".part")
         draft.write_text(json.dumps(self.results, indent=1) + "\n")
         draft.replace(self.path)
-
-
-class Worker:
-    """A process that does jobs; its messages are read with a limit on its silence."""
-
-    def __init__(self, order: Order, log: Path) -> None:
-        command = [*COMMAND, json.dumps(asdict(order))]
-        path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
-        with log.open("a") as errors:
-            self._process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=errors, env=environment, start_new_session=True
-            )
-        self._unread = b""
-
-    def messages(self, silence: float) -> Iterator[dict[str, Any]]:
-        """What it says until it ends. Raises TimeoutError when it says nothing for too long."""
-        assert self._process.stdout is not None
-        pipe = self._process.stdout.fileno()
-        while True:
-            if not select.select([pipe], [], [], silence)[0]:
-                raise TimeoutError(f"no answer for {silence:.0f} s; the process was killed")
-            piece = os.read(pipe, 1 << 16)
-            if not piece:
-                return
-            *lines, self._unread = (self._unread + piece).split(b"\n")
-            yield from map(json.loads, lines)
-
-    def stop(self) -> int:
-        """Kill it with the processes that it has started; its exit code."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        return self._process.wait()
 
 
 def _print(line: str) -> None:
@@ -115,49 +107,81 @@ def run(
     out: Path,
     only: list[str] | None = None,
     quick: bool = False,
-    minutes: float = 8.0,
+    minutes: float = WHOLE / 60,
     silence: float = SILENCE,
     show: Callable[[str], None] = _print,
 ) -> Path:
-    """Measure, show rows as they come, and return the file of results. Raises ValueError for an unknown operation."""
-    known = (*OPERATIONS, STEP)
-    if unknown := set(only or ()) - set(known):
-        raise ValueError(f"--only {','.join(sorted(unknown))}: choose among {', '.join(known)}")
+    """Measure, show rows as they come, and return the file of results.
+
+    Raises ValueError for an unknown name in `only`, and KeyboardInterrupt where a signal ended it; the file is whole.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    jobs = jobs_of(device, quick, only or [])
     machine = describe(device, quick)
     chosen = [*(["--only", ",".join(only)] if only else []), *(["--quick"] if quick else [])]
     machine["command"] = shlex.join(["python", "-m", "kernels.bench.suite", "--out", "DIR", *chosen])
     record = Record(out / f"{machine['name']}-{machine['date'][:10]}.json", machine)
-    order = Order(jobs_of(device, quick, only or []), quick, device.type, latest=_latest(minutes, quick))
+    for job in jobs:
+        record.forget(job)
+    order = Order(jobs, quick, device.type, began=time.time(), seconds=60 * minutes)
     show(f"{machine['card']}, torch {machine['torch']}; results in {record.path}")
-    while order.jobs:
-        order.jobs = _one_worker(order, record, silence, show)
+    try:
+        with _signals_interrupt():
+            while order.jobs:
+                order.jobs = _one_worker(order, record, silence, show)
+    except OutOfTimeError:
+        show("the time is over")
+        _not_run(order, record, "the time was over")
+    except KeyboardInterrupt:
+        _not_run(order, record, "interrupted")
+        raise
     record.save()
     return record.path
 
 
-def _latest(minutes: float, quick: bool) -> dict[str, float]:
-    """When the last job of each part may begin; checks of many kernels must leave time to measure some."""
-    now = time.time()
-    end = now + 60 * minutes
-    measured = end - SANITIZER_SECONDS - (0.0 if quick else STEP_SECONDS)
-    parts = {CHECK: now + CHECK_PART * 60 * minutes, TABLE: measured, RANKS: measured}
-    return {**parts, STEP: end - SANITIZER_SECONDS, SANITIZER: end - 20}
+def _not_run(order: Order, record: Record, why: str) -> None:
+    for job in order.jobs:
+        record.add("not_run", {"job": job, "why": why})
+
+
+@contextlib.contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """TERM and HUP do what Ctrl-C does: whoever ends a job at its limit sends one of them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    before = {each: signal.signal(each, interrupt) for each in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def _one_worker(order: Order, record: Record, silence: float, show: Callable[[str], None]) -> list[str]:
-    """Let one process do the jobs; returns those that are left when it ends, whatever ended it."""
-    worker = Worker(order, record.path.with_suffix(".log"))
-    left = list(order.jobs)
+    """Let one process do the jobs; returns those that are left when it ends, whatever ended it.
+
+    `order.jobs` shrinks with each job that has ended.
+    """
+    given = list(order.jobs)
+    worker = Worker([*COMMAND, json.dumps(asdict(order)), str(os.getpid())], record.path.with_suffix(".log"))
+    left = order.jobs
     current, why = "", ""
     started: dict[str, Any] = {}
     try:
-        for message in worker.messages(silence):
+        for message in worker.messages(silence, order.began + order.seconds + GRACE):
             say = message["say"]
+            worker.patience = silence
             if say == "begin":
                 current, started = message["job"], {}
             elif say == "started":
                 started = message
+                if order.device == "cuda" and not message["first"]:
+                    worker.patience = min(silence, SILENCE_ON_GPU)
             elif say == "facts":
                 record.results[message["section"]] = message["facts"]
                 if message["section"] == "ceilings":
@@ -176,20 +200,16 @@ def _one_worker(order: Order, record: Record, silence: float, show: Callable[[st
                 current = ""
     except TimeoutError as error:
         why = str(error)
-    except KeyboardInterrupt:
-        for job in left:
-            record.add("not_run", {"job": job, "why": "interrupted"})
-        raise
     finally:
         code = worker.stop()
+    ended = "does not end even when killed" if code is None else f"died (exit code {code})"
     if current:
-        show(_blame(order, record, current, started, why or f"the process died (exit code {code})"))
+        show(_blame(order, record, current, started, why or f"the process {ended}"))
         if not started:
             left.remove(current)
-    elif left and left == order.jobs:
-        raise RuntimeError(
-            f"the measuring process did nothing and left with exit code {code}: see {record.path.with_suffix('.log')}"
-        )
+    elif left and left == given:
+        log = record.path.with_suffix(".log")
+        raise RuntimeError(f"the measuring process did nothing and {ended}: see {log}")
     return left
 
 
@@ -198,9 +218,11 @@ def _blame(order: Order, record: Record, job: str, started: dict[str, Any], why:
     if not started:
         record.add("failures", {"job": job, "status": ERROR, "message": why})
         return f"{job}: {why}"
-    record.forget(job)
+    record.forget(job, keep_killed=True)
     row = {**started["row"], "status": ERROR, "message": why, "job": job, "killed": True}
-    order.skip.setdefault(job, []).append(row["implementation"])
+    group = row.get("group", OURS if started["section"] == "checks" else "")
+    once = order.skip.setdefault(row["operation"], {})
+    once[f"{group} {row['implementation']}"] = f"it ended the process of {job}"
     record.add(started["section"], row)
     return line_of(started["section"], row)
 
@@ -255,7 +277,7 @@ def _cpu_name() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m kernels.bench.suite", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
-    parser.add_argument("--only", default="", metavar="NAME,...", help=f"of {', '.join((*OPERATIONS, STEP))}")
+    parser.add_argument("--only", default="", metavar="NAME,...", help=f"of {', '.join(NAMES)}")
     parser.add_argument("--quick", action="store_true", help="the main rows, few repetitions")
     parser.add_argument("--minutes", type=float, default=8.0, help="begin nothing new after about that long")
     arguments = parser.parse_args()
@@ -265,6 +287,9 @@ def main() -> int:
         )
     except ValueError as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        print("interrupted: the results so far are kept", file=sys.stderr)
+        return 130
     results = json.loads(path.read_text())
     print("\n" + markdown(results))
     print(picture(path))
@@ -272,8 +297,11 @@ def main() -> int:
 
 
 def holds(results: dict[str, Any]) -> bool:
-    """Whether every backend that can run here gave the right numbers."""
-    return all(row["passed"] or row["status"] in (REFUSED, MISSING) for row in results["checks"])
+    """Whether everything of ours that can run here gave the right numbers, and no part of the suite broke."""
+    checked = all(row["passed"] or row["status"] in (REFUSED, MISSING) for row in results["checks"])
+    timed = all(row["status"] not in (ERROR, WRONG) for row in results["rows"] if row["group"] == OURS)
+    stepped = all(row["status"] not in (ERROR, WRONG) for row in results["step"])
+    return checked and timed and stepped and not results["failures"]
 
 
 def picture(path: Path) -> str:

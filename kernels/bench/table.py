@@ -162,11 +162,13 @@ def _table(rows: Sequence[Row]) -> list[str]:
 
 
 def _failure_lines(results: Mapping[str, Any]) -> list[str]:
-    """What raised: a backend that refuses, and a peer that is not there, are no failures."""
+    """What raised, or gave other numbers: a backend that refuses, and a peer that is not there, are no failures."""
+    words = {"error": "Failed", "wrong": "Wrong"}
     failed = [
-        f"Failed: {row['operation']} {row['case']} {row.get('pass', '')} {row['implementation']}: {row['message']}"
+        f"{words[row['status']]}: {row['operation']} {row['case']} {row.get('pass', '')} {row.get('group', '')} "
+        f"{row['implementation']}: {row['message']}"
         for row in (*results.get("rows", []), *results.get("checks", []))
-        if row["status"] == "error"
+        if row["status"] in words
     ]
     return [*failed, *(f"Failed: {row['job']}: {row['message']}" for row in results.get("failures", []))]
 
@@ -181,18 +183,19 @@ def _auto_cell(verdict: Row) -> str:
 def _step_table(rows: Sequence[Row]) -> list[str]:
     if not rows:
         return []
-    names = ("train step", "samples/s", "step", "MFU", "of measured rate", "peak memory", "first loss")
+    names = ("train step", "batch", "samples/s", "step", "MFU", "of measured rate", "peak memory", "first loss")
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for row in rows:
+        head = f"| {row['implementation']} | {row['batch']} | "
         if row["status"] != "ok":
-            lines.append(f"| {row['implementation']} | {row['status']}: {row.get('message', '')} | | | | | |")
+            lines.append(f"{head}{row['status']}: {row.get('message', '')} | | | | | |")
             continue
         used = [f"{row[key]:.1%}" if row.get(key) else "-" for key in ("mfu", "fraction")]
-        cells = [row["implementation"], f"{row['samples_per_second']:.1f}", time_of(row["seconds"]), *used]
-        lines.append("| " + " | ".join([*cells, bytes_of(row["extra_bytes"]), f"{row['first_loss']:.4f}"]) + " |")
+        cells = [f"{row['samples_per_second']:.1f}", time_of(row["seconds"]), *used, bytes_of(row["extra_bytes"])]
+        lines.append(head + " | ".join([*cells, f"{row['first_loss']:.4f}"]) + " |")
     example = next((row for row in rows if row["status"] == "ok"), None)
     if example:
-        told = f"{example['case']}, batch {example['batch']}, {example['flops_per_sample'] / 1e9:.1f} GFLOP a pair"
+        told = f"{example['case']}, {example['flops_per_sample'] / 1e9:.1f} GFLOP a pair"
         lines += ["", f"{told} (forward and backward; step.py says how they are counted)."]
     return [*lines, ""]
 

@@ -1,6 +1,6 @@
 """The process that touches the device: does one job after another and reports each row at once.
 
-    python -m kernels.bench.worker '{"jobs": [...], ...}'     started by suite.py, which reads what it says
+    python -m kernels.bench.worker '{"jobs": [...], ...}' PARENT     started by suite.py, which reads what it says
 
 It says lines of JSON on its standard output: {"say": "begin" | "started" | "row" | "facts" | "end" | "not run" |
 "lost", ...}. A kernel that hangs, or that kills the process, so costs the suite its row and no more.
@@ -13,81 +13,51 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import torch
 
-from kernels.bench import activation, attention, contrastive, linear_cross_entropy, norm, sanitize, step
-from kernels.bench.measure import Clock, ceilings, peak_bytes, take_turns
+from kernels.bench import sanitize, step
+from kernels.bench.case import COMPILED, LAST
+from kernels.bench.jobs import (
+    CEILINGS,
+    CHECK,
+    COMPILED_TABLE,
+    GLUON,
+    OPERATIONS,
+    RANKS,
+    SANITIZER_SECONDS,
+    STEP,
+    TABLE,
+    Order,
+)
+from kernels.bench.measure import Clock, ceilings
 from kernels.bench.peers import present
-from kernels.bench.rows import ERROR, OK, Bench, DeviceLostError, Row, case_rows, check_rows, failure
-
-OPERATIONS: dict[str, ModuleType] = {
-    "attention": attention,
-    "contrastive": contrastive,
-    "linear_cross_entropy": linear_cross_entropy,
-    "norm": norm,
-    "activation": activation,
-}
-CEILINGS, CHECK, TABLE, RANKS, STEP, SANITIZER = "ceilings", "check", "table", "ranks", "step", "sanitizer"
+from kernels.bench.process import die_with
+from kernels.bench.rows import ERROR, Bench, DeviceLostError, Row, case_rows, check_rows, failure
 
 Say = Callable[[dict[str, Any]], None]
-
-
-@dataclass
-class Order:
-    """What the suite asks for.
-
-    jobs: "part/operation/case". skip: by job, implementations that have killed a process. latest: by part, the
-    time.time() after which none of its jobs is begun.
-    """
-
-    jobs: list[str]
-    quick: bool = False
-    device: str = "cpu"
-    ceilings: dict[str, Any] = field(default_factory=dict)
-    skip: dict[str, list[str]] = field(default_factory=dict)
-    latest: dict[str, float] = field(default_factory=dict)
-
-
-def jobs_of(device: torch.device, quick: bool, only: list[str]) -> list[str]:
-    """All jobs, in the order of the suite; of the table, first what a quick run would have measured."""
-    modules = {name: module for name, module in OPERATIONS.items() if not only or name in only}
-    jobs = [CEILINGS]
-    jobs += [f"{CHECK}/{name}/{check.key}" for name, module in modules.items() for check in module.checks(device)]
-    rows = [(name, case.key) for name, module in modules.items() for case in module.cases(device, quick)]
-    first = {(name, case.key) for name, module in modules.items() for case in module.cases(device, True)}
-    jobs += [f"{TABLE}/{name}/{key}" for name, key in sorted(rows, key=lambda row: row not in first)]
-    if torch.cuda.device_count() > 1 and (not only or "contrastive" in only):
-        jobs.append(RANKS)
-    if not only or "step" in only:
-        jobs.append(STEP)
-    if device.type == "cuda":
-        jobs += [f"{SANITIZER}/{name}" for name in modules]
-    return jobs
+Rows = Iterator[tuple[str, Row]]  # each with the section that it belongs to
 
 
 def work(order: Order, say: Say) -> None:
     """Do the jobs; an exception of one is a row, and a lost device ends the process's work."""
     device = torch.device(order.device)
     torch.manual_seed(0)
-    bench = Bench(Clock(device), order.quick, order.ceilings)
+    bench = Bench(Clock(device), order.quick, order.ceilings, order.skip)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False
     for job in order.jobs:
-        part = job.split("/", 1)[0]
-        if time.time() > order.latest.get(part, float("inf")):
-            say({"say": "not run", "job": job, "why": "no time was left"})
+        if why := order.why_not(job, time.time()):
+            say({"say": "not run", "job": job, "why": why})
             continue
         say({"say": "begin", "job": job})
-        bench.skip = order.skip.get(job, [])
         bench.started = partial(_tell_started, say, job)
         try:
-            for section, row in do(job, bench, say):
+            for section, row in do(job, bench, order, say):
                 say({"say": "row", "job": job, "section": section, "row": row})
         except DeviceLostError as error:
             say({"say": "lost", "job": job, "why": f"the device was lost: {error}"})
@@ -98,8 +68,8 @@ def work(order: Order, say: Say) -> None:
         _start_afresh(device)
 
 
-def do(job: str, bench: Bench, say: Say) -> list[tuple[str, Row]]:
-    """The rows of one job, each with the section that it belongs to."""
+def do(job: str, bench: Bench, order: Order, say: Say) -> Rows:
+    """The rows of one job, each when it exists."""
     part, _, rest = job.partition("/")
     name, _, key = rest.partition("/")
     device = bench.device
@@ -107,58 +77,42 @@ def do(job: str, bench: Bench, say: Say) -> list[tuple[str, Row]]:
         bench.ceilings = ceilings(bench.clock, bench.quick)
         say({"say": "facts", "section": "ceilings", "facts": bench.ceilings})
         say({"say": "facts", "section": "peers", "facts": present()})
-        return []
-    if part == CHECK:
+    elif part == CHECK:
         check = next(each for each in OPERATIONS[name].checks(device) if each.key == key)
-        return [("checks", row) for row in check_rows(check, bench)]
-    if part == TABLE:
+        yield from _of("checks", check_rows(check, bench))
+    elif part in (TABLE, COMPILED_TABLE):
         case = next(each for each in OPERATIONS[name].cases(device, bench.quick) if each.key == key)
-        return [("rows", row) for row in case_rows(case, bench)]
-    if part == RANKS:
+        yield from _of("rows", case_rows(case, replace(bench, round=COMPILED) if part == COMPILED_TABLE else bench))
+    elif part == GLUON:
+        yield from _last(replace(bench, round=LAST))
+    elif part == RANKS:
         from kernels.bench import ranks
 
-        return [("rows", row) for row in ranks.rows(device, bench.quick)]
-    if part == STEP:
-        return [("step", row) for row in step_rows(bench)]
-    return [("sanitizer", row) for row in sanitize.rows(name)]
+        yield from _of("rows", iter(ranks.rows(device, bench.quick)))
+    elif part == STEP:
+        yield from _of("step", step.rows(bench))
+    else:
+        left = order.began + order.seconds - time.time()
+        yield from _of("sanitizer", iter(sanitize.rows(min(left, SANITIZER_SECONDS))))
 
 
-def step_rows(bench: Bench) -> list[Row]:
-    """One row a way to write the training step; in turns, like all else."""
-    size = step.VIT_L if bench.device.type == "cuda" else step.SMALL
-    blank: Row = {"operation": "train step", "case": size.name, "batch": size.batch}
-    rows, extra = [], {}
-    steps: dict[str, Callable[[], Any]] = {}
-    for name, (operations, compile_blocks) in step.implementations(bench.device).items():
-        row = {**blank, "implementation": name}
-        if name in bench.skip:
-            continue
-        bench.started("step", row)
-        try:
-            action = step.training_step(size, operations(), bench.device, compile_blocks)
-            first_loss = float(action())
-            extra[name] = {"first_loss": first_loss, "extra_bytes": peak_bytes(action, bench.device)}
-            steps[name] = action
-        except Exception as error:
-            rows.append({**row, **failure(error)})
-    deadline = time.monotonic() + 2 * bench.case_seconds
-    stages = {name: partial(_same, action) for name, action in steps.items()}
-    for name, took in take_turns(bench.clock, stages, bench.quick, deadline).items():
-        if isinstance(took, Exception):
-            rows.append({**blank, "implementation": name, **failure(took)})
-            continue
-        figures = step.figures(size, took.seconds, bench.device, bench.ceilings)
-        spread = {"seconds": took.seconds, "low": took.low, "high": took.high, "n": took.n}
-        rows.append({**blank, "implementation": name, "status": OK, **spread, **extra[name], **figures})
-    return rows
+def _of(section: str, rows: Iterator[Row]) -> Rows:
+    yield from ((section, row) for row in rows)
 
 
-def _same(action: Callable[[], Any]) -> Callable[[], Any]:
-    return action
+def _last(bench: Bench) -> Rows:
+    """Checks, then times, of the backends that are run after all else."""
+    for module in OPERATIONS.values():
+        for check in module.checks(bench.device):
+            yield from _of("checks", check_rows(check, bench))
+    for module in OPERATIONS.values():
+        for case in module.cases(bench.device, bench.quick):
+            if LAST in case.rounds():
+                yield from _of("rows", case_rows(case, bench))
 
 
-def _tell_started(say: Say, job: str, section: str, row: Row) -> None:
-    say({"say": "started", "job": job, "section": section, "row": {**row, "status": ERROR}})
+def _tell_started(say: Say, job: str, section: str, row: Row, first: bool) -> None:
+    say({"say": "started", "job": job, "section": section, "row": {**row, "status": ERROR}, "first": first})
 
 
 def _start_afresh(device: torch.device) -> None:
@@ -169,8 +123,9 @@ def _start_afresh(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def main(arguments: Mapping[str, Any]) -> None:
+def main(arguments: Mapping[str, Any], parent: int) -> None:
     """Speak on what was standard output; whatever a library prints goes to standard error."""
+    die_with(parent)
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -182,4 +137,4 @@ def main(arguments: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    main(json.loads(sys.argv[1]), int(sys.argv[2]))

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import types
+from dataclasses import replace
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
 from kernels.bench import activation, attention, contrastive, linear_cross_entropy, norm, sanitize, step
-from kernels.bench.case import Tensors, normal_draw
+from kernels.bench.case import Layout, Tensors, normal_draw
 from kernels.bench.check import numbers
-from kernels.bench.worker import OPERATIONS, SANITIZER, STEP, TABLE, jobs_of
+from kernels.bench.jobs import OPERATIONS
+from kernels.bench.measure import Clock
+from kernels.bench.rows import Bench
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -33,15 +38,27 @@ def test_cases_are_well_formed(name: str, device: torch.device, quick: bool) -> 
         assert {each.key for each in cases} <= {each.key for each in module.cases(device, quick=device == CPU)}
 
 
-@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
-def test_jobs(device: torch.device) -> None:
-    jobs = jobs_of(device, False, [])
-    assert len(jobs) == len(set(jobs))
-    assert jobs[0] == "ceilings"
-    parts = [job.split("/")[0] for job in jobs]
-    assert parts == sorted(parts, key=["ceilings", "check", TABLE, "ranks", STEP, SANITIZER].index)
-    assert (SANITIZER in parts) == (device == CUDA)
-    assert {job.split("/")[1] for job in jobs_of(device, True, ["norm"])[1:]} == {"norm"}
+def test_what_would_take_minutes_or_fill_the_memory_is_left_out() -> None:
+    left_out = {
+        each.key: set(each.left_out)
+        for module in OPERATIONS.values()
+        for each in module.cases(CUDA, False)
+        if each.left_out
+    }
+    assert left_out == {
+        "attention: full 4k": {"SDPA math"},
+        "attention: causal 4k": {"SDPA math"},
+        "attention: window 1024, 16k": {"SDPA math"},
+        "attention: soft cap 30, 16k": {"SDPA math"},
+        "contrastive_loss: N256k D1024": {"torch"},
+    }
+
+
+def test_a_library_kernel_is_measured_once() -> None:
+    for each in attention.cases(CUDA, False):
+        assert set(each.same.values()) <= set(each.peers)
+        assert set(each.same).isdisjoint(each.operation.own)
+    assert len(attention.cases(CUDA, False)[0].same) == 3
 
 
 @pytest.mark.parametrize("module", [attention, contrastive, linear_cross_entropy, norm, activation])
@@ -83,12 +100,18 @@ def test_padded_documents_give_what_packed_ones_do() -> None:
     assert sum(lengths) == 70
     assert max(lengths) < 20
     tensors = attention._packed_draw(2, lengths, 8, torch.float64)(CPU)
-    padded = attention._padded(lengths, 20, tensors)
-    out_DHTK = attention._padded_sdpa(padded)
-    rows = torch.cat([out_DHTK[place, :, :length] for place, length in enumerate(lengths)], 1)
-    torch.testing.assert_close(rows[None], attention._defined({}, tensors))
-    flash = attention._tokens_first(tensors)
-    torch.testing.assert_close(flash["q"].transpose(0, 1)[None], tensors["q"].detach())
+    padded = attention.padded(lengths, 20)
+    out_DHTK = attention._padded_sdpa(padded.tensors(tensors))
+    torch.testing.assert_close(padded.usual(out_DHTK), attention._defined({}, tensors))
+
+
+@pytest.mark.parametrize("layout", [attention.padded([3, 20, 7], 20), attention.TOKENS_FIRST, attention.HEADS_SECOND])
+def test_layouts_go_there_and_back(layout: Layout) -> None:
+    tensors = attention._packed_draw(2, [3, 20, 7], 8, torch.float64)(CPU)
+    own = layout.tensors(tensors)
+    assert own["q"].shape != tensors["q"].shape
+    assert all(own[name].requires_grad and own[name].is_leaf for name in "qkv")
+    torch.testing.assert_close(layout.usual(own["q"]), tensors["q"])
 
 
 @pytest.mark.parametrize(
@@ -107,11 +130,43 @@ def test_draws_repeat() -> None:
 
 def test_the_two_training_steps_are_one_model() -> None:
     losses = []
-    for operations, compile_blocks in step.implementations(CPU).values():
-        action = step.training_step(step.SMALL, operations(), CPU, compile_blocks)
+    for operations in step.OPERATIONS.values():
+        action = step.training_step(step.SMALL, operations(), CPU, compile_blocks=False)
         losses.append([float(action()) for _ in range(2)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert losses[0][1] < losses[0][0]
+
+
+def test_a_step_with_another_loss_is_wrong_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def off() -> step.Operations:
+        right = step.usual()
+        return replace(right, loss=lambda *inputs: 1.05 * right.loss(*inputs))
+
+    monkeypatch.setitem(step.OPERATIONS, step.KERNELS, off)
+    rows = {row["implementation"]: row for row in step.rows(Bench(Clock(CPU), quick=True, case_seconds=0.1))}
+    assert {name: row["status"] for name, row in rows.items()} == {"torch": "ok", "kernels": "wrong"}
+    assert "its first loss is" in rows["kernels"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "batches"),
+    [({}, [128, 128]), ({128: 0.2, 256: 0.3}, [128, 256, 256]), ({128: 0.2, 256: 0.5}, [128, 256, 128])],
+)
+def test_a_short_step_is_tried_with_twice_the_batch(
+    monkeypatch: pytest.MonkeyPatch, seconds: dict[int, float], batches: list[int]
+) -> None:
+    tried: list[tuple[int, bool]] = []
+
+    def pair(size: step.Size, compile_blocks: bool, bench: Any) -> Any:
+        tried.append((size.batch, compile_blocks))
+        yield {}
+        return seconds.get(size.batch, 0.4)
+
+    monkeypatch.setattr(step, "_pair", pair)
+    bench = types.SimpleNamespace(device=CUDA)
+    assert len(list(step.rows(bench))) == len(tried)  # type: ignore[arg-type]
+    assert [batch for batch, _ in tried] == batches
+    assert [compile_blocks for _, compile_blocks in tried] == [*[False] * (len(tried) - 1), True]
 
 
 def test_flops_of_vit_l() -> None:

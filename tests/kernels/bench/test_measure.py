@@ -35,7 +35,15 @@ def test_median_and_quartiles() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "quick", "n"), [(0.01, False, 30), (0.2, False, 10), (3.0, False, 3), (0.01, True, 5)]
+    ("seconds", "quick", "n"),
+    [
+        (0.01, False, 30),
+        (0.05, False, 15),
+        (0.2, False, 8),
+        (3.0, False, 3),
+        (9.0, False, 1),
+        (0.01, True, 5),
+    ],
 )
 def test_slow_ones_are_repeated_less(seconds: float, quick: bool, n: int) -> None:
     took = take_turns(ToldClock(), {"it": lambda: lambda: seconds}, quick, time.monotonic() + 60)
@@ -49,7 +57,7 @@ def test_implementations_take_turns_and_the_first_of_each_does_not_count() -> No
     def stage(name: str) -> Callable[[], Callable[[], float]]:
         def action() -> float:
             order.append(name)
-            return 9.0 if order.count(name) == 1 else 0.5
+            return 4.0 if order.count(name) == 1 else 0.5
 
         return lambda: action
 
@@ -64,6 +72,33 @@ def test_one_that_raises_is_out_and_the_others_go_on() -> None:
     took = take_turns(ToldClock(), {"bad": lambda: left.pop, "good": lambda: lambda: 0.2}, True, time.monotonic() + 60)
     assert isinstance(took["bad"], IndexError)
     assert times_of({"good": took["good"]})[0].n == 3
+
+
+def test_each_repetition_is_told_before_and_an_exception_at_once() -> None:
+    told: list[str] = []
+    left = [0.2, 0.2]
+    stages = {"bad": lambda: left.pop, "good": lambda: lambda: 0.2}
+    take_turns(
+        ToldClock(), stages, True, time.monotonic() + 60, told.append, lambda error: told.append(type(error).__name__)
+    )
+    assert told == ["bad", "good", "bad", "good", "bad", "IndexError", "good", "good"]
+
+    def ends(error: Exception) -> None:
+        raise KeyError("the device is lost") from error
+
+    with pytest.raises(KeyError):
+        take_turns(ToldClock(), {"bad": lambda: [].pop}, True, time.monotonic() + 60, told.append, ends)
+
+
+def test_the_cache_is_made_cold_by_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written would be written back to memory while the operation runs."""
+    monkeypatch.setitem(measure.COLD_BYTES, "cpu", 1 << 20)
+    clock = Clock(CPU)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        clock.seconds(lambda: None)
+    large = {event.key for event in profile.key_averages(group_by_input_shape=True) if [1 << 18] in event.input_shapes}
+    assert "aten::sum" in large
+    assert not {name for name in large if name.endswith(("_", "copy_", "zero_", "fill_"))}
 
 
 def test_a_deadline_leaves_three() -> None:

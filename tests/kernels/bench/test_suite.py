@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from kernels.bench import suite
+from kernels.bench import process, suite
 from pretrain.cli import main
 
 WORKER = """
@@ -27,14 +28,17 @@ for job in order["jobs"]:
     elif job.startswith("table"):
         assert order["ceilings"] or order["jobs"][0] == "ceilings", "a second process knows them too"
         say(say="row", job=job, section="rows", row=row("first", status="ok", **times))
-        if job.endswith("/a") and "second" not in order["skip"].get(job, []):
-            say(say="started", job=job, section="rows", row=row("second", status="error"))
+        if "kernels second" not in order["skip"].get("norm", {{}}):
+            say(say="started", job=job, section="rows", row=row("second", status="error"), first=True)
             print("what the library said", file=sys.stderr, flush=True)
             {end}
+        else:
+            why = order["skip"]["norm"]["kernels second"]
+            say(say="row", job=job, section="rows", row=row("second", status="left out", message=why))
         say(say="row", job=job, section="rows", row=row("third", status="ok", **times))
     say(say="end", job=job)
 """
-JOBS = ["ceilings", "table/norm/a", "table/norm/b"]
+JOBS = ["ceilings", "table/norm/a", "table/norm/b", "table/norm/c"]
 
 
 @pytest.fixture
@@ -52,17 +56,22 @@ def use_worker(monkeypatch: pytest.MonkeyPatch, folder: Path, end: str) -> None:
 @pytest.mark.parametrize(
     ("end", "why"), [("os._exit(3)", "the process died (exit code 3)"), ("time.sleep(60)", "no answer for 15 s")]
 )
-def test_a_death_or_a_hang_costs_one_row(monkeypatch: pytest.MonkeyPatch, told: Path, end: str, why: str) -> None:
+def test_a_death_or_a_hang_costs_one_row_and_one_silence(
+    monkeypatch: pytest.MonkeyPatch, told: Path, end: str, why: str
+) -> None:
     use_worker(monkeypatch, told, end)
     lines: list[str] = []
     path = suite.run(told / "out", silence=15.0, show=lines.append)
     results = json.loads(path.read_text())
     found = [(row["job"], row["implementation"], row["status"]) for row in results["rows"]]
-    expected = {("table/norm/a", "second"): "error"}
+    expected = {(job, "second"): "left out" for job in JOBS[2:]} | {("table/norm/a", "second"): "error"}
     expected |= {(job, name): "ok" for job in JOBS[1:] for name in ("first", "third")}
     assert {(job, name): status for job, name, status in found} == expected
     assert len(found) == len(expected)  # what a killed process had told of its job is not there twice
     assert all(why in row["message"] for row in results["rows"] if row["status"] == "error")
+    told = {row["message"] for row in results["rows"] if row["status"] == "left out"}
+    assert told == {"it ended the process of table/norm/a"}
+    assert not suite.holds(results)
     assert results["ceilings"]["product"] == "p"
     assert results["verdicts"][0]["ours"] in ("first", "third")
     assert path.with_suffix(".log").read_text().count("what the library said") == 1
@@ -95,7 +104,7 @@ def test_the_command_prints_json(
     use_worker(monkeypatch, told, "pass")
     assert main(["bench", "kernels", "--json", "--quick", "--out", str(told / "out")]) == 0
     printed = capsys.readouterr()
-    assert [row["implementation"] for row in json.loads(printed.out)["rows"]] == ["first", "third"] * 2
+    assert [row["implementation"] for row in json.loads(printed.out)["rows"]] == ["first", "third"] * 3
     assert "results in" in printed.err
     assert main(["bench", "kernels", "--quick", "--out", str(told / "out")]) == 0
     assert "| norm: small |" in capsys.readouterr().out
@@ -103,7 +112,7 @@ def test_the_command_prints_json(
 
 def test_an_unknown_operation_is_a_wrong_request(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["bench", "kernels", "--only", "norms", "--out", str(tmp_path)]) == 2
-    assert "--only norms: choose among attention, contrastive" in capsys.readouterr().err
+    assert "--only norms: choose among contrastive, attention" in capsys.readouterr().err
 
 
 def test_the_real_worker(tmp_path: Path) -> None:
@@ -118,3 +127,58 @@ def test_the_real_worker(tmp_path: Path) -> None:
     assert results["ceilings"]["bytes_per_second"] > 0
     assert results["machine"]["quick"] is True
     assert list(tmp_path.glob("*.part")) == []
+
+
+def test_a_later_run_of_the_day_adds_its_rows(monkeypatch: pytest.MonkeyPatch, told: Path) -> None:
+    use_worker(monkeypatch, told, "pass")
+    first = json.loads(suite.run(told / "out", ["norm"], show=lambda line: None).read_text())
+    monkeypatch.setattr(suite, "jobs_of", lambda *_: ["ceilings", "table/norm/b", "table/norm/d"])
+    path = suite.run(told / "out", ["activation"], show=lambda line: None)
+    results = json.loads(path.read_text())
+    jobs = [row["job"] for row in results["rows"]]
+    assert {job: jobs.count(job) for job in jobs} == {f"table/norm/{each}": 2 for each in "abcd"}
+    assert results["machine"]["command"].count("--only") == 2
+    assert results["seconds"] > first["seconds"]
+    assert results["machine"]["date"] == first["machine"]["date"]
+    monkeypatch.setattr(suite, "describe", lambda *_: {**first["machine"], "torch": "another"})
+    alone = json.loads(suite.run(told / "out", show=lambda line: None).read_text())
+    assert {row["job"] for row in alone["rows"]} == {"table/norm/b", "table/norm/d"}
+
+
+def test_numbers_of_ours_that_are_wrong_are_an_error() -> None:
+    blank = {"checks": [], "rows": [], "step": [], "failures": []}
+    assert suite.holds(blank)
+    for section, row in (
+        ("rows", {"group": "kernels", "status": "wrong"}),
+        ("rows", {"group": "kernels", "status": "error"}),
+        ("step", {"status": "wrong"}),
+        ("checks", {"status": "error", "passed": False}),
+        ("failures", {}),
+    ):
+        assert not suite.holds({**blank, section: [row]})
+    for row in ({"group": "peer", "status": "wrong"}, {"group": "kernels", "status": "left out"}):
+        assert suite.holds({**blank, "rows": [row]})
+
+
+def test_the_time_of_the_whole_run_ends_it(monkeypatch: pytest.MonkeyPatch, told: Path) -> None:
+    """A job that takes for ever, and says so, is ended with its rows kept."""
+    use_worker(
+        monkeypatch,
+        told,
+        'say(say="row", job=job, section="rows", row=row("x", status="ok", **times)); time.sleep(600)',
+    )
+    monkeypatch.setattr(suite, "GRACE", 0.0)
+    lines: list[str] = []
+
+    def show(line: str) -> None:
+        lines.append(line)
+        if " x " in line:
+            ended.append(True)
+
+    ended: list[bool] = []
+    real = time.time
+    monkeypatch.setattr(process.time, "time", lambda: real() + 1e6 * bool(ended))  # from that row on it is over
+    results = json.loads(suite.run(told / "out", show=show).read_text())
+    assert [row["implementation"] for row in results["rows"]] == ["first", "x"]
+    assert {row["job"]: row["why"] for row in results["not_run"]} == dict.fromkeys(JOBS[1:], "the time was over")
+    assert "the time is over" in lines

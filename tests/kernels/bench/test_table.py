@@ -61,7 +61,7 @@ def test_nothing_ran() -> None:
     assert (verdict["ours"], verdict["peer"], verdict["ratio"], verdict["auto_is_fastest"]) == (None, None, None, None)
     text = markdown(results([row("triton", None, own=True)]))
     assert "none ran" in text
-    assert "Failed: attention full forward triton: it broke" in text
+    assert "Failed: attention full forward kernels triton: it broke" in text
 
 
 def results(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -95,6 +95,16 @@ def results(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def test_wrong_and_left_out_rows_are_told_and_not_compared() -> None:
+    rows = [*ROWS[:1], row("gluon", None, own=True, status="wrong", message="result 0 is off by 3.0e-01"), *ROWS[4:]]
+    rows.append(row("SDPA math", None, "peer", status="left out", message="it stores all scores in fp32"))
+    text = markdown(results(rows))
+    assert "Wrong: attention full forward kernels gluon: result 0 is off by 3.0e-01" in text
+    assert "stores all scores" not in text
+    assert verdicts(rows)[0]["ours"] == "triton"
+    assert "left out: it stores all scores" in live(rows[-1])
+
+
 def test_markdown_has_all_parts() -> None:
     text = markdown(results(ROWS))
     assert "copy 4300 GB/s, 8192^3 bfloat16 790 TFLOP/s" in text
@@ -102,8 +112,8 @@ def test_markdown_has_all_parts() -> None:
     line = next(each for each in text.splitlines() if each.startswith("| attention: full"))
     assert line.split(" | ")[3:] == ["gluon", "2.4 ms", "1.0 MiB", "50% matrix", "SDPA cuDNN", "2 ms", "1.20",
                                      "triton 1.45 missed, 1.1 missed", "cudnn |"]  # fmt: skip
-    assert "| kernels | 16.0 | 500 ms | 41.0% | 50.0% | 1.00 GiB | 2.0794 |" in text
-    assert "| torch | error: out of memory |" in text
+    assert "| kernels | 8 | 16.0 | 500 ms | 41.0% | 50.0% | 1.00 GiB | 2.0794 |" in text
+    assert "| torch | 8 | error: out of memory |" in text
     assert "compute-sanitizer memcheck norm: 0 errors" in text
     assert "Failed: ranks: no answer" in text
     assert "table/norm/x (no time was left)" in text
