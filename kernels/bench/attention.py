@@ -209,8 +209,13 @@ def _sdpa_by(kernel: SDPBackend, causal: bool, tensors: Tensors) -> torch.Tensor
         return _sdpa(causal, tensors)
 
 
+def _copied(each: torch.Tensor) -> torch.Tensor:
+    """With dense rows of its own; clone() alone would keep the order in memory."""
+    return each.clone(memory_format=torch.contiguous_format)
+
+
 # [B, S, H, K], as FlashAttention takes it
-HEADS_SECOND = Layout(lambda each: each.transpose(1, 2).clone(), lambda each: each.transpose(1, 2))
+HEADS_SECOND = Layout(lambda each: _copied(each.transpose(1, 2)), lambda each: each.transpose(1, 2))
 
 
 def _flash(module: str, options: Options) -> Callable[[Tensors], torch.Tensor]:
@@ -337,7 +342,7 @@ def _flex_packed(lengths: list[int]) -> Callable[[Tensors], torch.Tensor]:
 
 # [T, H, K], as FlashAttention takes packed documents
 TOKENS_FIRST = Layout(
-    lambda each_1HTK: each_1HTK[0].transpose(0, 1).clone(),
+    lambda each_1HTK: _copied(each_1HTK[0].transpose(0, 1)),
     lambda each_THK: each_THK.transpose(0, 1)[None],
     lambda tensors: {"starts": tensors["starts"]},
 )
