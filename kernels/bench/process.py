@@ -17,6 +17,7 @@ from typing import Any
 
 DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
 SECONDS_TO_DIE = 10.0  # a driver may keep a killed process for ever
+LOOK_SECONDS = 1.0  # between two looks whether it is alive
 
 
 class OutOfTimeError(Exception):
@@ -47,7 +48,11 @@ class Worker:
         heard = time.time()
         while True:
             silent = heard + self.patience
-            if not select.select([pipe], [], [], max(0.0, min(silent, end) - time.time()))[0]:
+            wait = max(0.0, min(silent - time.time(), end - time.time(), LOOK_SECONDS))
+            ended = self._process.poll() is not None
+            if not select.select([pipe], [], [], wait)[0]:
+                if ended:  # and what it forked holds its pipe open
+                    return
                 if time.time() >= end:
                     raise OutOfTimeError
                 if time.time() >= silent:

@@ -111,6 +111,14 @@ def test_patience_is_that_of_the_last_message(tmp_path: Path) -> None:
     assert worker.stop() == -signal.SIGKILL
 
 
+def test_a_death_is_seen_though_a_child_holds_the_pipe(tmp_path: Path) -> None:
+    """As after a fork without exec (pytorch#189290): the end of the pipe never comes."""
+    script = "import os, time; print(1, flush=True); os.fork() or time.sleep(600)"
+    worker = Worker([sys.executable, "-c", script], tmp_path / "log")
+    assert list(worker.messages(600.0, time.time() + 1200)) == [1]
+    assert worker.stop() == 0
+
+
 def test_a_command_that_dies_with_me_is_that_command() -> None:
     done = subprocess.run(dying_with_me(["printf", "%s", "all the same"]), capture_output=True, text=True, check=True)
     assert done.stdout == "all the same"
