@@ -8,7 +8,7 @@ Axes: N tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,15 +21,17 @@ from kernels.bench.measure import BOTH
 from kernels.bench.peers import imported
 
 OPERATION = Operation("kernels.linear_cross_entropy", "linear_cross_entropy", frozenset({"triton", "torch", "auto"}))
-CHUNK = 2048  # tokens of the chunked peer
+CHUNKS = (2048, 8192)  # tokens of the chunked peers
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
     """The rows of the table."""
     if device.type != "cuda":
-        return [_case(512, 256, 8192, torch.float32, 128) if quick else _case(4096, 512, 49408, torch.float32, 512)]
-    rows = [_case(16384, 4096, 131072, torch.bfloat16, CHUNK)]
-    return rows if quick else [*rows, _case(65536, 512, 49408, torch.bfloat16, CHUNK)]
+        return [
+            _case(512, 256, 8192, torch.float32, (128,)) if quick else _case(4096, 512, 49408, torch.float32, (512,))
+        ]
+    rows = [_case(16384, 4096, 131072, torch.bfloat16, CHUNKS)]
+    return rows if quick else [*rows, _case(65536, 512, 49408, torch.bfloat16, CHUNKS)]
 
 
 def checks(device: torch.device) -> list[Check]:
@@ -84,8 +86,9 @@ def _rows(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> 
     return F.cross_entropy(logits.float() if logits.dtype.itemsize == 2 else logits, targets, reduction="sum")
 
 
-def _case(tokens: int, width: int, vocabulary: int, dtype: torch.dtype, chunk: int) -> Case:
-    peers = {"chunked, checkpointed": plain(partial(chunked, chunk)), "naive": plain(naive)}
+def _case(tokens: int, width: int, vocabulary: int, dtype: torch.dtype, chunks: Sequence[int]) -> Case:
+    peers = {f"chunks of {rows}, checkpointed": plain(partial(chunked, rows)) for rows in chunks}
+    peers["naive"] = plain(naive)
     if dtype != torch.float32:
         peers["naive, torch.compile"] = compiled(naive)
     peers["Liger"] = Implementation(_liger)

@@ -203,6 +203,18 @@ def test_what_differs_from_the_first_peer_is_wrong_and_not_timed(monkeypatch: py
     assert "not finite" in wrong[0]["message"] or "off by 1.0e-02 from that of torch" in wrong[0]["message"]
 
 
+def test_a_gradient_that_is_one_number_is_left_to_the_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum that cancels is off in the dtype of a peer; the loss itself is compared."""
+    operation = install(monkeypatch, ["good"])
+    monkeypatch.setitem(WAYS, "good", lambda x, w: (x * w.detach() + w).sum())
+    draw = normal_draw({"x": (37, 16), "w": ()}, torch.float32)
+    peers = {"torch": plain(lambda tensors: (tensors["x"] * tensors["w"].detach()).sum() + 592 * tensors["w"].detach())}
+    of_case = replace(case(operation), peers=peers, draw=draw)
+    assert {row["status"] for row in case_rows(of_case, bench())} == {"ok"}
+    monkeypatch.setitem(WAYS, "good", lambda x, w: 1.01 * (x * w).sum() + 592 * w)
+    assert {row["status"] for row in case_rows(of_case, bench()) if row["group"] == "kernels"} == {"wrong"}
+
+
 def test_a_first_peer_that_is_nan_is_no_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     operation = install(monkeypatch, ["good"])
     peers = {"broken torch": plain(lambda tensors: WAYS["nan"](tensors["x"], tensors["w"])), "torch": plain(_product)}
