@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.bench import activation, attention, contrastive, linear_cross_entropy, norm, sanitize, step
+from kernels.bench import activation, attention, contrastive, linear_cross_entropy, norm, step
 from kernels.bench.case import Layout, Tensors, normal_draw
 from kernels.bench.check import numbers
 from kernels.bench.jobs import OPERATIONS
@@ -174,12 +174,3 @@ def test_flops_of_vit_l() -> None:
     assert step.VIT_L.image.flops == pytest.approx(162e9, rel=0.03)
     assert step.VIT_L.text.flops == pytest.approx(13.3e9, rel=0.03)
     assert step.VIT_L.training_flops == pytest.approx(3 * (162e9 + 13.3e9), rel=0.03)
-
-
-def test_reports_of_the_sanitizer() -> None:
-    memory = "ran attention triton on full\n========= ERROR SUMMARY: 3 errors\n"
-    assert sanitize.read(memory) == {"status": "ok", "errors": 3, "ran": ["attention triton on full"]}
-    races = "ran norm triton on x\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n"
-    assert sanitize.read(races)["errors"] == 0
-    assert sanitize.read("========= ERROR SUMMARY: 0 errors\n")["status"] == "error"  # no kernel ran
-    assert sanitize.read("")["message"] == "it printed nothing"
