@@ -31,7 +31,8 @@ import torch
 from kernels.attention_spec import Spec, laid_out_as
 from kernels.precision import accumulator_of
 
-BLOCK_BYTES = 8 << 20  # of one block of scores
+BLOCK_BYTES = 8 << 20  # of one block of scores: what the cache of a CPU holds
+BLOCK_BYTES_ON_GPU = 256 << 20  # worth the dozen launches that a block takes
 MOST_ROWS, LEAST_ROWS = 128, 32  # of a block; with fewer the products are slow, whatever the keys take
 
 
@@ -175,13 +176,14 @@ def _spans(name: str, starts: torch.Tensor, most: int) -> list[slice]:
 def _blocks(segments: list[Segment], q_BGRQK: torch.Tensor, groups: int, spec: Spec) -> Iterator[Block]:
     """The blocks that see a key at all, in an order that depends on the shapes alone."""
     itemsize = accumulator_of(q_BGRQK.dtype).itemsize
+    most = BLOCK_BYTES_ON_GPU if q_BGRQK.device.type == "cuda" else BLOCK_BYTES
     reach = spec.window - 1 if spec.causal else 2 * (spec.window - 1)
     for segment in segments:
         keys = segment.keys.stop - segment.keys.start
         widest = min(keys, MOST_ROWS + reach) if spec.window else keys
         row_bytes = max(1, q_BGRQK.shape[2] * widest * itemsize)
-        rows = min(MOST_ROWS, max(LEAST_ROWS, BLOCK_BYTES // row_bytes))
-        heads = max(1, BLOCK_BYTES // (row_bytes * rows))
+        rows = min(MOST_ROWS, max(LEAST_ROWS, most // row_bytes))
+        heads = max(1, most // (row_bytes * rows))
         for queries in _cut(segment.queries, rows):
             seen = _seen_keys(queries, segment, spec)
             if seen.start >= seen.stop:
