@@ -16,8 +16,8 @@ Backends, and what "auto" prefers:
   "sdpa" with a mask, then to "blocked". "gluon" must be named: its barriers could hang a card, which no trial catches.
   None of this order has been measured by us: the Triton and Gluon kernels compile for sm_80, sm_90, sm_100 and gfx942
   (Gluon: sm_90), and have not yet run on a GPU.
-- Triton's must first agree with fp64 on this card, once for each dtype, size of a head and set of options
-  (attention_trial.py).
+- Triton's, and torch's own on CUDA, must first agree with fp64 on this card, once for each dtype, size of a head and
+  set of options (attention_trial.py).
 - In deterministic mode cuDNN refuses; the other kernels add in a fixed order then, and ours always do.
 
 Axes: B batch, H heads, G heads of keys and values (H a multiple of G), Q queries, S keys, K size of a head, R rotated.
@@ -175,10 +175,15 @@ def _refusal(
 ) -> str:
     """Why this backend cannot do the call, or "". One that was named needs no trial: whoever names it wants it."""
     lengths, documents = tensors["key_lengths_B"] is not None, tensors["query_starts"] is not None
+    traits = _traits(spec, lengths, documents)
     if backend not in OURS:
-        return attention_sdpa.refusal(
+        why_not = attention_sdpa.refusal(
             backend, q_BHQK, k_BGSK, v_BGSK, spec, lengths=lengths, documents=documents, return_lse=return_lse
         )
+        if why_not or named or backend not in attention_sdpa.FUSED:
+            return why_not
+        traits += ("shared keys",) * (q_BHQK.shape[1] != k_BGSK.shape[1])
+        return trust(backend, q_BHQK.device, q_BHQK.dtype, q_BHQK.shape[3], traits)
     if q_BHQK.dtype != k_BGSK.dtype or q_BHQK.dtype != v_BGSK.dtype:
         return f"q is {q_BHQK.dtype}, k {k_BGSK.dtype}, v {v_BGSK.dtype}: need one dtype"
     if not q_BHQK.is_floating_point():
@@ -189,7 +194,7 @@ def _refusal(
         return why_not
     if named or not q_BHQK.is_cuda:
         return ""
-    return trust(backend, q_BHQK.device, q_BHQK.dtype, q_BHQK.shape[3], _traits(spec, lengths, documents))
+    return trust(backend, q_BHQK.device, q_BHQK.dtype, q_BHQK.shape[3], traits)
 
 
 def _triton_refusal(

@@ -1,6 +1,6 @@
 """Attention by way of torch's `scaled_dot_product_attention`: its own choice of kernel, or one of its kernels alone.
 
-    sdpa        torch chooses; key lengths, and causal with Q other than S, as a mask
+    sdpa        torch chooses; key lengths, and causal with Q other than S, as a mask, which cuDNN does not get
     cudnn       cuDNN's: bf16 and fp16, sm_80 and newer; refuses in deterministic mode
     flash       FlashAttention 2: bf16 and fp16, sm_80 and newer; ordered sums in deterministic mode
     efficient   the memory-efficient one, also fp32; ordered sums in deterministic mode
@@ -13,6 +13,7 @@ Axes: B batch, H heads, G heads of keys, Q queries, S keys, K size of a head.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 
@@ -35,6 +36,8 @@ FUSED = {
     "efficient": (SDPBackend.EFFICIENT_ATTENTION, can_use_efficient_attention),
 }
 HALF = (torch.bfloat16, torch.float16)
+# cuDNN's backward gives nan with a mask where a log-sum-exp is below -88 (torch 2.11 on H100, pytorch #196678)
+WITH_MASK = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def run(
@@ -62,9 +65,10 @@ def run(
             q_BHQK, k_BGSK, v_BGSK, is_causal=spec.causal, scale=spec.scale, enable_gqa=shared
         )
     sees_any = seen.any(-1, keepdim=True)
-    out = F.scaled_dot_product_attention(
-        q_BHQK, k_BGSK, v_BGSK, attn_mask=seen | ~sees_any, scale=spec.scale, enable_gqa=shared
-    )
+    with sdpa_kernel(WITH_MASK) if q_BHQK.is_cuda else contextlib.nullcontext():
+        out = F.scaled_dot_product_attention(
+            q_BHQK, k_BGSK, v_BGSK, attn_mask=seen | ~sees_any, scale=spec.scale, enable_gqa=shared
+        )
     return torch.where(sees_any, out, 0)
 
 
@@ -110,6 +114,8 @@ def _fused_refusal(
         return f"q is {q_BHQK.dtype}: it takes {', '.join(map(str, dtypes))}"
     if q_BHQK.stride(3) != 1 or k_BGSK.stride(3) != 1 or v_BGSK.stride(3) != 1:
         return "the elements of a head must lie side by side"
+    if backend == "cudnn" and q_BHQK.shape[2] == 1:
+        return "one query: its backward gives nan where a log-sum-exp is far below 0 (cudnn-frontend #1072)"
     if backend == "cudnn" and torch.are_deterministic_algorithms_enabled():
         return "deterministic mode: its backward adds in no fixed order"
     shared = True if q_BHQK.shape[1] != k_BGSK.shape[1] else False  # noqa: SIM210 a bool, where shapes are symbols

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import attention, attention_blocked, attention_sdpa
+from kernels import attention, attention_blocked, attention_sdpa, attention_trial, reference
 from kernels.attention_spec import Spec
 from kernels.dispatch import why
 
 public = importlib.import_module("kernels.attention")  # `kernels.attention` is the function
 Q, K, V = (torch.randn(1, 2, 6, 4) for _ in range(3))
-STARTS = torch.tensor([0, 2, 6])
+STARTS, LENGTH = torch.tensor([0, 2, 6]), torch.tensor([3])
 
 
 @pytest.mark.parametrize(
@@ -115,6 +117,7 @@ def test_order_on_a_gpu(pretend: pytest.MonkeyPatch) -> None:
     assert chosen(*on_gpu(queries=32), causal=True) == "triton"  # torch would align it to the top left
     assert chosen(qkv[0].mT, *qkv[1:]) == "triton"  # elements of a head do not lie side by side
     assert chosen(*on_gpu(torch.float32)) == "efficient"
+    assert chosen(*on_gpu(queries=1)) == "flash"  # cuDNN's backward of one query has given nan
     assert chosen(*on_gpu(torch.float64)) == "sdpa"  # ours were compiled for up to 32 bits there
     with pytest.raises(ValueError, match=r"backend 'triton' cannot do this: torch.float64 on a GPU"):
         chosen(*on_gpu(torch.float64), backend="triton")
@@ -125,11 +128,83 @@ def test_order_on_a_gpu(pretend: pytest.MonkeyPatch) -> None:
 def test_what_fails_its_trial_is_left_out_of_auto(pretend: pytest.MonkeyPatch) -> None:
     pretend.setattr(public, "trust", lambda backend, *facts: f"its trial failed, {facts[-1]}")
     qkv = on_gpu()
+    line = why(attention, *qkv, causal=True)
+    assert line.startswith(
+        "attention: sdpa, the first that can (cudnn: its trial failed, ('causal',); flash: its trial"
+    )
+    shared = [torch.empty(1, heads, 64, 64, device="cuda", dtype=torch.bfloat16) for heads in (2, 1, 1)]
+    assert "cudnn: its trial failed, ('shared keys',); " in why(attention, *shared)
+    assert chosen(*qkv, backend="cudnn") == "cudnn"
     line = why(attention, *qkv, window=5, causal=True)
     assert line.startswith("attention: blocked, the first that can")
     assert "triton: its trial failed, ('causal', 'window')" in line
     assert chosen(*qkv, key_lengths_B=torch.empty(1, device="cuda", dtype=torch.int64)) == "sdpa"
     assert chosen(*qkv, window=5, backend="triton") == "triton"  # who names it wants it
+
+
+@pytest.mark.parametrize("backend", attention_sdpa.FUSED)
+def test_the_trial_of_torchs_kernels(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """A nan of cuDNN's, where a log-sum-exp is far below 0, would be found; what is right passes, in all dtypes."""
+    cpu = torch.device("cpu")
+
+    def by_math(_: str, *qkv_spec: Any) -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return run("sdpa", *qkv_spec)
+
+    run, truth = attention_sdpa.run, reference.attention_with_options
+    monkeypatch.setattr(attention_sdpa, "run", by_math)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for traits in ((), ("causal",), ("shared keys",)):
+            attention_trial.compare(backend, cpu, dtype, 64, traits)
+    low: list[float] = []
+
+    def seen(*arguments: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = truth(*arguments, **named)
+        low.append(float(lse.detach().max()))
+        return out, lse
+
+    def spoiled(_: str, q: torch.Tensor, *rest: Any) -> torch.Tensor:
+        return by_math("", q, *rest) * (1 + 0 * (q * torch.inf).sum()).detach()
+
+    monkeypatch.setattr(reference, "attention_with_options", seen)
+    monkeypatch.setattr(attention_sdpa, "run", spoiled)
+    with pytest.raises(ArithmeticError, match="result 0 is off by nan"):
+        attention_trial.compare(backend, cpu, torch.bfloat16, 64, ())
+    assert max(low) < -100
+
+
+def test_a_mask_never_goes_to_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its backward has given nan (pytorch #196678)."""
+    enabled: list[tuple[bool, ...]] = []
+
+    def look(q: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        cuda = torch.backends.cuda
+        on = cuda.cudnn_sdp_enabled, cuda.flash_sdp_enabled, cuda.mem_efficient_sdp_enabled, cuda.math_sdp_enabled
+        enabled.append(tuple(each() for each in on))
+        return q
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", look)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    attention_sdpa.run("sdpa", Q, K, V, Spec(0.5), torch.tensor([3]))
+    attention_sdpa.run("sdpa", Q[:, :, 3:], K, V, Spec(0.5, causal=True), None)
+    assert enabled == [(False, True, True, True)] * 2
+    attention_sdpa.run("sdpa", Q, K, V, Spec(0.5, causal=True), None)
+    assert enabled[2] == (True, True, True, True)
+
+
+def test_a_choice_among_torchs_kernels_compiles_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That around a masked call, entered as on a GPU."""
+
+    def chosen() -> Any:
+        return sdpa_kernel(attention_sdpa.WITH_MASK)
+
+    monkeypatch.setattr(attention_sdpa, "contextlib", SimpleNamespace(nullcontext=chosen))
+
+    def masked(q: torch.Tensor) -> torch.Tensor:
+        return attention_sdpa.run("sdpa", q, K, V, Spec(0.5), LENGTH)
+
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(masked, fullgraph=True, backend="aot_eager")(Q), masked(Q))
 
 
 def test_torchs_word_is_a_reason(pretend: pytest.MonkeyPatch) -> None:
@@ -244,6 +319,18 @@ def test_blocked_makes_no_matrix_of_queries_and_keys(spec: Spec, limit: int) -> 
         attention_blocked.backward(grad, q, k, v, out, lse, spec)
     assert max(forward.bytes, backward.bytes) <= limit
     assert forward.bytes > q.numel() * 4  # it has seen the scores
+
+
+def test_blocks_on_a_gpu_are_worth_their_launches() -> None:
+    """16 x 16 heads of 4096 queries and keys: a block has 256 MiB of scores there, and 8 MiB on a CPU."""
+
+    def count(device: str) -> int:
+        q = torch.empty(16, 16, 1, 4096, 128, device=device)
+        whole = attention_blocked.Segment(slice(0, 16), slice(0, 4096), slice(0, 4096), 0)
+        return len(list(attention_blocked._blocks([whole], q, 16, Spec(0.1))))
+
+    with FakeTensorMode():
+        assert (count("cuda"), count("meta")) == (64, 2048)
 
 
 def test_saves_inputs_output_and_log_sum_exp_alone() -> None:
