@@ -98,23 +98,45 @@ def why(operation: Callable[..., Any] | None = None, *arguments: Any, **named: A
 
 # --- trust
 
+# relative errors (norm) allowed to kernels without products of matrices: several times the rounding of the dtype
+LIMITS = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-4}
 _trials: dict[tuple[str, str], str] = {}
 
 
 def trial(operation: str, device: torch.device, compare: Callable[[], None]) -> str:
     """Why a kernel is not trusted on this device, or "". `compare` runs it on a small input and raises if it is wrong.
 
-    Once a process and device. Every failure counts, a compiler's too: the caller has another way to do the work.
+    Once a process, device and name, which says the dtype too: one dtype that fails must not put the others out.
+    Every failure counts, a compiler's too, for the caller has another way to do the work; but not on a device that the
+    kernel has killed (an illegal memory access): there nothing works any more, and RuntimeError says which it was.
     """
     key = (operation, str(device))
     if key not in _trials:
         try:
-            compare()
+            with torch.autocast(device.type, enabled=False):  # a caller's would round what is compared
+                compare()
             _trials[key] = ""
         except Exception as error:
-            _trials[key] = f"its trial on {device} failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            _raise_if_lost(operation, device, error)
+            _trials[key] = f"its trial on {device} failed: {_in_a_line(error)}"
             warnings.warn(f"{operation}: {_trials[key]}; plain torch is used instead", stacklevel=2)
     return _trials[key]
+
+
+def _raise_if_lost(operation: str, device: torch.device, error: Exception) -> None:
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(device)
+    except Exception as lost:
+        raise RuntimeError(
+            f"{operation}: its trial has left {device} unusable ({_in_a_line(lost)}); start again and name another "
+            "backend"
+        ) from error
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
 def has_triton() -> bool:

@@ -62,7 +62,8 @@ def _refusal(backend: str, hidden_ND: torch.Tensor, named: bool) -> str:
     )
     if why_not or named:
         return why_not
-    return trial(NAME, hidden_ND.device, lambda: compare_with_torch(hidden_ND.device))
+    device, dtype = hidden_ND.device, hidden_ND.dtype
+    return trial(f"{NAME} in {dtype}", device, lambda: compare_with_torch(device, dtype))
 
 
 @chosen_by(_choice)

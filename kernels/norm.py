@@ -217,7 +217,7 @@ def _refusal(
         if weight_D.dtype not in (x.dtype, torch.float32) or (bias_D is not None and bias_D.dtype != weight_D.dtype):
             bias = "" if bias_D is None else f" and the bias {bias_D.dtype}"
             return f"x is {x.dtype}, the weight {weight_D.dtype}{bias}: need one dtype for all, or float32 weights"
-        return _trial(x.device) if asked == dispatch.AUTO else ""
+        return _trial(x.device, x.dtype) if asked == dispatch.AUTO else ""
     if torch.compiler.is_compiling():
         return "torch.compile cannot look into Apex"
     function, why_not = _apex(name)
@@ -241,17 +241,15 @@ def _apex(name: str) -> tuple[Callable[..., torch.Tensor] | None, str]:
     return function, "" if callable(function) else f"the apex that is installed has no {APEX[name]}"
 
 
-def _trial(device: torch.device) -> str:
+def _trial(device: torch.device, dtype: torch.dtype) -> str:
     def compare() -> None:
         generator = torch.Generator().manual_seed(0)
         shapes = ((19, 1000), (19, 1000), (1000,), (1000,))
-        draws = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
-        for dtype, limit in ((torch.float32, 1e-4), (torch.bfloat16, 2e-2)):
-            tensors = [each.to(dtype) for each in draws]
-            for last in (None, 3):  # layer norm, RMS norm
-                dispatch.must_agree(_compared("triton"), _compared("torch"), tensors[:last], limit)
+        tensors = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+        for last in (None, 3):  # layer norm, RMS norm
+            dispatch.must_agree(_compared("triton"), _compared("torch"), tensors[:last], dispatch.LIMITS[dtype])
 
-    return dispatch.trial("norm", device, compare)
+    return dispatch.trial(f"norm in {dtype}", device, compare)
 
 
 def _compared(backend: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:

@@ -148,7 +148,8 @@ def test_compiles_into_one_graph() -> None:
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("dtype", dispatch.LIMITS, ids=str)
 @pytest.mark.parametrize("name", ["bias_gelu", "swiglu"])
-def test_the_trial_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_trial_passes(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_trials", {})
-    assert _trial(name, torch.device("cpu")) == ""
+    assert _trial(name, torch.device("cpu"), dtype) == ""

@@ -232,11 +232,12 @@ def test_auto_is_plain_torch_on_cpu_and_the_trial_tells_right_from_wrong(monkeyp
     assert "torch, the first that can (triton: it takes tensors on a GPU)" in dispatch.why(
         linear_cross_entropy, *inputs[:2], targets
     )
-    chunks.compare_with_torch(torch.device("cpu"))
+    for dtype in (torch.float32, torch.bfloat16):
+        chunks.compare_with_torch(torch.device("cpu"), dtype)
     chunk = gpu.chunk_
     monkeypatch.setattr(gpu, "chunk_", lambda *args, **named: chunk(*args, **named) * 1.01)
     with pytest.raises(RuntimeError, match="losses in"):
-        chunks.compare_with_torch(torch.device("cpu"))
+        chunks.compare_with_torch(torch.device("cpu"), torch.float32)
 
 
 def test_compiled_whole() -> None:

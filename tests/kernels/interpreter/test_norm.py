@@ -201,9 +201,9 @@ def test_the_trial_passes_and_would_catch_a_wrong_kernel(monkeypatch: pytest.Mon
 
     cpu = torch.device("cpu")
     monkeypatch.setattr(dispatch, "_trials", {})
-    assert _trial(cpu) == ""
+    assert _trial(cpu, torch.bfloat16) == _trial(cpu, torch.float16) == _trial(cpu, torch.float32) == ""
     monkeypatch.setattr(dispatch, "_trials", {})
     right = gpu.backward
     monkeypatch.setattr(gpu, "backward", lambda *arguments: [2 * each for each in right(*arguments)])
     with pytest.warns(UserWarning, match="plain torch is used instead"):
-        assert "is off by" in _trial(cpu)
+        assert "is off by" in _trial(cpu, torch.float32)

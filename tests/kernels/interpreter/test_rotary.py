@@ -147,6 +147,7 @@ def test_compiles_into_one_graph() -> None:
     torch.testing.assert_close(*gradients)
 
 
-def test_the_trial_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", dispatch.LIMITS, ids=str)
+def test_the_trial_passes(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_trials", {})
-    assert _trial(torch.device("cpu")) == ""
+    assert _trial(torch.device("cpu"), dtype) == ""
