@@ -111,7 +111,7 @@ def make_moments(engine: Engine, updates: int | None = None) -> None:
     for tensor in _stepped_tensors(engine):
         if not adam.state.get(tensor):
             adam.state[tensor] = {
-                "step": torch.tensor(0.0),
+                "step": torch.zeros((), device=tensor.device),  # where fused AdamW reads it
                 **{moment: torch.zeros_like(tensor, memory_format=torch.preserve_format) for moment in MOMENTS},
             }
         if updates is not None:

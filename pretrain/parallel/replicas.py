@@ -52,7 +52,7 @@ class Replicas(Updater):
         self._flat = Flat([sorted(group["params"], key=place.__getitem__) for group in groups])
         for group, flat in zip(groups, self._flat.groups, strict=True):
             group["params"] = [flat]
-        self.optimizer = adamw(groups, recipe.train, fused=True)
+        self.optimizer = adamw(groups, recipe.train)
         self._gradients = [(each, self._flat.gradient_of(each)) for each in self._flat.places]
         # of ranks and stages with other parameters; a table on both ends counts once
         counted = [pair for pair in self._gradients if not getattr(pair[0], "ds_pipe_replicated", False)]

@@ -79,8 +79,11 @@ def on_both_ends(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [each for each in model.parameters() if getattr(each, "on_both_ends", False) and each.requires_grad]
 
 
-def adamw(groups: list[dict[str, Any]], train: Train, fused: bool | None) -> torch.optim.AdamW:
-    """AdamW over groups. fused: one pass over weight, gradient and moments; None as torch chooses."""
+def adamw(groups: list[dict[str, Any]], train: Train, fused: bool | None = True) -> torch.optim.AdamW:
+    """AdamW over groups. fused: one pass over weight, gradient and moments, on CPU and CUDA; None as torch chooses.
+
+    What torch chooses on CUDA takes several passes, and memory for what is between them, as much as the gradients.
+    """
     return torch.optim.AdamW(groups, lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps, fused=fused)
 
 

@@ -41,8 +41,7 @@ class Zero(Updater):
         with redirect_stdout(io.StringIO()):  # runtime/utils.py:838 prints what memory bf16 takes, whatever is set
             self._engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=model,
-                # what DeepSpeed steps lies flat on the CPU
-                optimizer=adamw(groups, recipe.train, fused=ranks.device.type == "cpu" or None),
+                optimizer=adamw(groups, recipe.train),
                 mpu=DeepSpeedGroups(ranks),
                 dist_init_required=False,
                 config=deepspeed_config(recipe, layout, sum(parameter.numel() for parameter in model.parameters())),
