@@ -151,7 +151,7 @@ def _take_turns(steps: dict[str, Step], batches: list[Batch], ranks: Ranks) -> d
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for round_number in range(ROUNDS + 1):
         for name, step in steps.items():
-            dist.barrier(group=ranks.control_group)
+            ranks.wait_for_all()
             began = time.perf_counter()
             for batch in batches:
                 step(batch)
@@ -169,7 +169,7 @@ def _ratio(ours: list[float], theirs: list[float]) -> float:
 
 def _communication_share(step: Step, batch: Batch, ranks: Ranks) -> float:
     """The share of a step in which a collective or a message is under way on this rank, waiting for others included."""
-    dist.barrier(group=ranks.control_group)
+    ranks.wait_for_all()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if ranks.device.type == "cuda" else [])]
     with profile(activities=activities) as profiler, record_function("step"):
         step(batch)

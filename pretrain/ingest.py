@@ -179,8 +179,7 @@ def _from_ray(
     # not after an error, when a rank that failed would be waited for
     if not ranks.is_first:
         disconnect()
-    if ranks.world > 1:
-        dist.barrier(group=ranks.control_group)
+    ranks.wait_for_all()
     disconnect()
 
 

@@ -25,6 +25,7 @@ from pretrain.parallel.layout import Layout
 from pretrain.parallel.meeting import meet
 
 TIMEOUT = timedelta(minutes=10)
+ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch's variables
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,10 @@ class Ranks:
             dist.all_reduce(numbers, group=self.control_group)
         return numbers
 
+    def wait_for_all(self) -> None:
+        """Return when every rank is here. The `barrier` of torch would begin with a tensor on the card."""
+        self.agree(torch.zeros(1, dtype=torch.int64))
+
     def of_all(self, mine: Any) -> list[Any]:
         """What each rank gives, rank 0 first, on every rank; it must pickle."""
         everyone = [mine] * self.world
@@ -134,24 +139,17 @@ def start_ranks(
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    on_cpu = device.type == "cpu"
-    if on_cpu:
+    if device.type == "cpu":
         enable_cpu()
     else:
-        torch.cuda.set_device(device)
+        _prepare_card(device)
     # deepspeed/runtime/engine.py:1972 wants what a launcher sets; a single rank has none
     os.environ.setdefault("LOCAL_RANK", "0")
     if parallel_state.model_parallel_is_initialized():  # of a model that was loaded before (`start_alone`)
         parallel_state.destroy_model_parallel()
     before = _groups()
     if not dist.is_initialized():
-        backend = "gloo" if on_cpu else "nccl"
-        if layout.world == 1:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-        else:
-            job = this_job()
-            store = meet(job, patience, {"the kind of device": device.type, "the layout": layout.sizes})
-            dist.init_process_group(backend, store=store, rank=job.rank, world_size=job.world, timeout=timeout)
+        _join_all(layout, device, timeout, patience)
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -192,6 +190,35 @@ def start_ranks(
     )
 
 
+def _prepare_card(device: torch.device) -> None:
+    """Make it this process's current one, before anything is allocated."""
+    if not any(map(os.environ.get, ALLOCATOR_SETTINGS)):
+        # packed captions have another length at each step, for which blocks of fixed segments would soon not fit
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+    torch.cuda.set_device(device)
+
+
+def _join_all(layout: Layout, device: torch.device, timeout: timedelta, patience: float) -> None:
+    """Make the default group: gloo on CPU, NCCL on cards."""
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    if layout.world == 1:
+        # not bound to its card: torch would split each further group from this one, and NCCL has refused that to a
+        # single rank (CUDA error 600, DeepSpeed issue 8248)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    job = this_job()
+    store = meet(job, patience, {"the kind of device": device.type, "the layout": layout.sizes})
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=job.rank,
+        world_size=job.world,
+        timeout=timeout,
+        # NCCL connects at once, and no barrier guesses a card
+        device_id=None if device.type == "cpu" else device,
+    )
+
+
 def _copy_group(layout: Layout, timeout: timedelta) -> dist.ProcessGroup | None:
     """This rank's group of tp * cp * pp ranks; every rank makes those of all shares, as torch wants it."""
     if layout.world == layout.dp:
@@ -218,6 +245,8 @@ def start_alone(device: torch.device) -> Ranks:
             f"this command runs in one process, but {job.by} has started this one as rank {job.rank} of {job.world}: "
             "start it once, without a launcher"
         )
+    if device.type == "cuda" and device.index is None:  # which `set_device` does not take
+        device = torch.device("cuda", torch.cuda.current_device())
     return start_ranks(Layout(world=1, dp=1, tp=1, zero=0, share=1, micro_batch=1), device)
 
 
@@ -226,7 +255,7 @@ def stop_ranks(ranks: Ranks) -> None:
     from megatron.core import parallel_state
 
     if sys.exception() is None:  # else the others may never come
-        dist.barrier(group=ranks.control_group)  # nobody closes a socket that another still reads from
+        ranks.wait_for_all()  # nobody closes a socket that another still reads from
     parallel_state.destroy_model_parallel()
     default = dist.group.WORLD
     for group in ranks.made_groups:
