@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -35,6 +35,7 @@ from data_pipeline.order import Order
 from data_pipeline.reader import Dataset, open_dataset
 from data_pipeline.sample import Sample
 from data_pipeline.shards import write_shards
+from data_pipeline.slots import Slot, Slots
 from data_pipeline.transforms import ImageTransform, TextTransform
 
 SAMPLES, SEED, SIZE, CONTEXT = 37, 11, 16, 24
@@ -504,11 +505,7 @@ class Wrong:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_pinned_batches_are_the_same(dataset: Dataset, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: a thread copies them. There the memory is page-locked; here the copy is all there is to see."""
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
-    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: None)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.clone())
+    pretend_that_memory_can_be_pinned(monkeypatch)
     assert_same(list(loader_of(dataset, workers=workers, pin=True)), global_batches(dataset))
     threads = threading.active_count()
     batches = iter(loader_of(dataset, workers=workers, pin=True, stop_step=10**6))
@@ -521,6 +518,39 @@ def test_pinned_batches_are_the_same(dataset: Dataset, workers: int, monkeypatch
     maker.text = TextTransform(Wrong(), CONTEXT)
     with pytest.raises(DataError, match="ZeroDivisionError"):
         list(Loader(maker, Order(SAMPLES, SEED), global_batch=12, workers=workers, stop_step=3, pin=True))
+
+
+@pytest.mark.parametrize("kept", [0, 20])
+def test_pinning_gives_its_slots_back(dataset: Dataset, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread opens the parcels and lets go of their slots; what the trainer keeps is the pinned copy, not a slot."""
+    pretend_that_memory_can_be_pinned(monkeypatch)
+    taken: list[int] = []
+    take = Slots.take
+
+    def noted(slots: Slots) -> Slot:
+        slot = take(slots)
+        taken.append(slot.number)
+        return slot
+
+    monkeypatch.setattr(Slots, "take", noted)
+    held: deque[Batch] = deque(maxlen=kept)
+    numbers = []
+    for batch in loader_of(dataset, workers=2, pin=True, global_batch=2, stop_step=1000):
+        numbers.append(batch.position.tolist())
+        held.append(batch)
+    assert numbers == [[2 * step, 2 * step + 1] for step in range(1000)]
+    assert len(taken) == 1000
+    assert 0 <= min(taken) <= max(taken) < 2 * PREFETCH + HELD, "none has got memory of its own"
+    if kept:
+        assert_same(list(held), list(loader_of(dataset, global_batch=2, start_step=1000 - kept, stop_step=1000)))
+
+
+def pretend_that_memory_can_be_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a card the memory is page-locked; here the copy, and the thread that makes it, is all there is to see."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.clone())
 
 
 @pytest.mark.parametrize(
