@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
@@ -23,6 +23,7 @@ from pretrain.parallel.precision import keep_precisions
 from pretrain.parallel.updater import Updater, adamw, add_up_sequence_pieces, on_both_ends, parameter_groups
 
 LARGEST_BUCKET = 500_000_000  # DeepSpeed's own default
+OVERLAPPED_BUCKET = 1 << 25  # numbers: 128 MiB in fp32, of which ZeRO-1 has two
 
 
 class Zero(Updater):
@@ -44,7 +45,12 @@ class Zero(Updater):
                 optimizer=adamw(groups, recipe.train),
                 mpu=DeepSpeedGroups(ranks),
                 dist_init_required=False,
-                config=deepspeed_config(recipe, layout, sum(parameter.numel() for parameter in model.parameters())),
+                config=deepspeed_config(
+                    recipe,
+                    layout,
+                    [parameter.numel() for parameter in model.parameters()],
+                    overlap=ranks.device.type == "cuda" and can_overlap(layout),
+                ),
             )
         self.model = self._engine.module
 
@@ -88,17 +94,32 @@ def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
     return gradient
 
 
-def deepspeed_config(recipe: Recipe, layout: Layout, parameters: int) -> dict[str, Any]:
-    """DeepSpeed's own settings for a recipe and a model of so many parameters; what weft decides itself is left out."""
-    # gradients are copied into a bucket of this many numbers, made anew each step: never larger than they all are
-    bucket = min(parameters + parameters % 2, LARGEST_BUCKET)  # stage_1_and_2.py:390 wants an even number
+def can_overlap(layout: Layout) -> bool:
+    """Whether gradients may travel while the rest of backward runs (DeepSpeed's `overlap_comm`).
+
+    ZeRO-3 is made for it: without, its parameters are fetched in line with the computation as well. ZeRO-1 has it since
+    the races that spoilt gradients are mended in what weft requires (DeepSpeed issues 7188, 7804 and 8061, pull
+    requests 7805, 7965 and 8080; for ZeRO-3 7898). Not ZeRO-2, of which reports of other losses are open (2867, 5523),
+    and which would send every microbatch. Not with stages: stage_1_and_2.py:974 then leaves the reduction to hooks that
+    have not run. Not with an offloaded optimizer, whose gradients go to the host beside; and alone nothing travels.
+    """
+    return layout.zero in (1, 3) and layout.pp == 1 and not layout.offload and layout.dp * layout.cp > 1
+
+
+def deepspeed_config(recipe: Recipe, layout: Layout, sizes: Sequence[int], *, overlap: bool = False) -> dict[str, Any]:
+    """DeepSpeed's own settings for a recipe and parameters of such sizes; what weft decides itself is left out."""
+    # gradients are copied into a bucket of this many numbers, made anew each step: never larger than they all are. To
+    # travel while others are computed there must be several; one that is smaller than a parameter takes another way
+    parameters = sum(sizes)
+    most = max(OVERLAPPED_BUCKET, *sizes) if overlap else LARGEST_BUCKET
+    bucket = min(parameters + parameters % 2, most + most % 2)  # stage_1_and_2.py:390 wants an even number
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": layout.micro_batch,
         "gradient_accumulation_steps": layout.microbatches,
         "gradient_clipping": recipe.train.grad_clip,
         "zero_optimization": {
             "stage": layout.zero,
-            "overlap_comm": False,
+            "overlap_comm": overlap,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
             **({"offload_optimizer": {"device": "cpu"}} if layout.offload else {}),
