@@ -14,7 +14,6 @@ Design choices:
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import os
 import re
@@ -31,13 +30,18 @@ from typing import Any
 
 import torch
 
+from kernels.bench.process import dying_with_me
+
 TOOLS = ("memcheck", "racecheck")
-OPERATIONS = {"attention": "attention", "contrastive": "infonce", "linear_cross_entropy": "linear_cross_entropy"}
+OPERATIONS = {  # by file, the function
+    "attention": "attention",
+    "contrastive": "contrastive_loss",
+    "linear_cross_entropy": "linear_cross_entropy",
+}
 KERNELS = ("attention_", "sums_kernel", "gradient_kernel", "chunk_kernel", "numbers_kernel")  # parts of their names
 BACKENDS = ("triton", "gluon")  # in this order: what may hang comes last
 LEAST = 10.0  # seconds; a tool that has less is not started
 FOLDERS = ("bin", "compute-sanitizer", "extras/compute-sanitizer")  # of a CUDA toolkit
-PR_SET_PDEATHSIG = 1
 
 
 def rows(seconds: float) -> Iterator[dict[str, Any]]:
@@ -80,21 +84,10 @@ def _one(program: str, tool: str, seconds: float) -> dict[str, Any]:
     command = [program, *options, *filters, sys.executable, "-m", "kernels.bench.sanitize"]
     environment = {name: value for name, value in os.environ.items() if not name.endswith("_ALLOC_CONF")}
     environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
-    libc = ctypes.CDLL(None)
-
-    def die_with_the_caller() -> None:
-        if sys.platform == "linux":
-            libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
     # a file and not a pipe: nobody waits for its end when a process under the tool still holds it
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         process = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-            preexec_fn=die_with_the_caller,
+            dying_with_me(command), stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
         late = False
         try:

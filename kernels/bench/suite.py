@@ -301,7 +301,8 @@ def holds(results: dict[str, Any]) -> bool:
     checked = all(row["passed"] or row["status"] in (REFUSED, MISSING) for row in results["checks"])
     timed = all(row["status"] not in (ERROR, WRONG) for row in results["rows"] if row["group"] == OURS)
     stepped = all(row["status"] not in (ERROR, WRONG) for row in results["step"])
-    return checked and timed and stepped and not results["failures"]
+    sane = not any(row.get("errors") for row in results["sanitizer"])
+    return checked and timed and stepped and sane and not results["failures"]
 
 
 def picture(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 import kernels
 from kernels.bench import sanitize
@@ -62,14 +64,23 @@ def test_a_row_comes_when_its_tool_has_ended(tool: Path, tmp_path: Path) -> None
     assert len((tmp_path / "calls").read_text().splitlines()) == 1
 
 
-def test_at_the_limit_all_of_it_is_killed(tool: Path, tmp_path: Path) -> None:
+def test_at_the_limit_all_of_it_is_killed(tool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     add(tool, f'echo "ran attention triton on full"\nsleep 300 &\necho $! $$ > {tmp_path}/pids\nwait\n')
-    memory, races = sanitize.rows(2)
-    assert memory["message"] == "not done after 2 s"
+
+    class LimitedWhenItRuns(subprocess.Popen[bytes]):
+        def wait(self, timeout: float | None = None) -> int:
+            if not (tmp_path / "limit").exists():
+                wait_for(lambda: (tmp_path / "pids").exists() and (tmp_path / "pids").read_text())
+                (tmp_path / "limit").touch()
+                raise subprocess.TimeoutExpired(self.args, timeout or 0)
+            return super().wait(timeout)
+
+    monkeypatch.setattr(sanitize.subprocess, "Popen", LimitedWhenItRuns)
+    memory = next(sanitize.rows(60))
+    assert memory["message"] == "not done after 60 s"
     assert memory["ran"] == ["attention triton on full"]
-    assert races["message"] == "not run: no time was left"
     for pid in (tmp_path / "pids").read_text().split():
-        assert not running(int(pid))
+        wait_for(lambda pid=pid: not running(int(pid)))
 
 
 def test_the_tool_dies_with_its_caller(tool: Path, tmp_path: Path) -> None:
@@ -110,6 +121,16 @@ def test_where_the_tool_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(sanitize, "find", lambda: None)
     (row,) = sanitize.rows(60)
     assert row["status"] == "missing"
+
+
+def test_no_time_is_said(tool: Path) -> None:
+    assert [row["message"] for row in sanitize.rows(-1.0)] == ["not run: no time was left"] * 2
+
+
+def test_every_operation_has_a_check_to_run() -> None:
+    for module, function in sanitize.OPERATIONS.items():
+        checks = importlib.import_module(f"kernels.bench.{module}").checks(torch.device("cuda"))
+        assert function in {check.operation.function for check in checks}
 
 
 def test_the_filters_name_every_kernel_of_the_operations() -> None:

@@ -146,13 +146,14 @@ def test_a_later_run_of_the_day_adds_its_rows(monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_numbers_of_ours_that_are_wrong_are_an_error() -> None:
-    blank = {"checks": [], "rows": [], "step": [], "failures": []}
+    blank = {"checks": [], "rows": [], "step": [], "sanitizer": [], "failures": []}
     assert suite.holds(blank)
     for section, row in (
         ("rows", {"group": "kernels", "status": "wrong"}),
         ("rows", {"group": "kernels", "status": "error"}),
         ("step", {"status": "wrong"}),
         ("checks", {"status": "error", "passed": False}),
+        ("sanitizer", {"status": "ok", "errors": 3}),
         ("failures", {}),
     ):
         assert not suite.holds({**blank, section: [row]})
