@@ -22,7 +22,6 @@ from data_pipeline.sample import Sample
 from data_pipeline.scenes.dice import Dice, stream
 from data_pipeline.scenes.draw import SMALLEST_SIZE, draw
 from data_pipeline.scenes.questions import multiple_choice, questions
-from data_pipeline.scenes.sound import encode_flac, tune
 from data_pipeline.scenes.words import captions
 from data_pipeline.scenes.world import Scene, held_out_scenes, scene
 from data_pipeline.shards import Progress, Written, write_shards
@@ -66,6 +65,8 @@ class SceneMaker:
             "json": json.dumps(metadata).encode(),
         }
         if self.sound:
+            from data_pipeline.scenes.sound import encode_flac, tune  # loads libsndfile
+
             fields["flac"] = encode_flac(tune(shown))
         return Sample(f"scene-{split}-{index:08d}", fields)
 

@@ -161,3 +161,13 @@ def test_progress_counts_both_and_a_failure_leaves_neither(tmp_path: Path) -> No
         synthesise(tmp_path / "out", train=5, test=3, progress=stop_in_train, processes=1)
     assert calls == [(3, 8), (8, 8)]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_pictures_alone_need_no_sound_library(tmp_path: Path) -> None:
+    program = (
+        "import sys; sys.modules['soundfile'] = None\n"
+        "from pathlib import Path; from data_pipeline.scenes.synth import synthesise\n"
+        "synthesise(Path(sys.argv[1]), train=2, test=2, sound=False, processes=1)"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
+    assert len(open_dataset(tmp_path / "train")) == 2
