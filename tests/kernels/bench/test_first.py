@@ -1,0 +1,109 @@
+"""First contact: order, limits, what is left, and one file of all results. The suite is a module of this file here."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+import kernels
+from kernels.bench import first
+from kernels.bench.first import Part
+
+SUITE = """
+import json, pathlib, subprocess, sys, time
+out, name, end = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+out.mkdir()
+row = dict(operation=name, case="c", implementation="triton", group="kernels", own=True, auto=True, shape="1",
+           status="ok", seconds=1.0, **{"pass": "forward"})
+machine = dict(card="a card", name="card", date="2026-11-30T00:00:00Z")
+(out / "card-2026-11-30.json").write_text(json.dumps(dict(machine=machine, rows=[row], checks=[], verdicts=[])))
+if end == "hang":  # as the suite does: a worker in a session of its own
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=True)
+    (out / "pid").write_text(str(child.pid))
+    time.sleep(300)
+"""
+
+
+@pytest.fixture
+def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "suite_of_a_test.py").write_text(SUITE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return tmp_path / "out"
+
+
+def part(name: str, seconds: float = 60.0, end: str = "") -> Part:
+    return Part(name, seconds, ("suite_of_a_test", f"{{out}}/{name}", name, end))
+
+
+def test_results_of_all_parts_are_in_one_file(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parts = [part("losses"), part("attention")]
+    first.run(out, 10, parts)
+    results = json.loads((out / "card-2026-11-30.json").read_text())
+    assert [row["operation"] for row in results["rows"]] == ["losses", "attention"]
+    assert [verdict["operation"] for verdict in results["verdicts"]] == ["losses", "attention"]
+    assert results["machine"]["card"] == "a card"
+    capsys.readouterr()
+    first.run(out, 10, parts)
+    assert capsys.readouterr().out.count("done before") == 2
+
+
+def test_a_part_that_hangs_ends_with_all_that_it_started(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first.run(out, 10, [part("losses", 3, "hang"), part("attention")])
+    told = capsys.readouterr().out
+    assert "== losses: not done after 3 s; exit code" in told
+    assert "1 process(es) that were left are killed" in told
+    assert gone(int((out / "losses" / "pid").read_text()))
+    results = json.loads((out / "card-2026-11-30.json").read_text())
+    assert [row["operation"] for row in results["rows"]] == ["losses", "attention"]
+
+
+def test_what_no_time_is_left_for_is_not_begun(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first.run(out, 0.5, [part("attention", 100), part("losses", 20)])
+    told = capsys.readouterr().out
+    assert "== attention: not run, no time was left" in told
+    assert not (out / "attention").exists()
+    assert (out / "losses" / "card-2026-11-30.json").exists()
+
+
+def test_a_signal_ends_the_part_and_keeps_the_results(out: Path) -> None:
+    code = f"""
+import pathlib, signal, sys
+from kernels.bench import first
+signal.signal(signal.SIGTERM, first._interrupt)
+words = ("suite_of_a_test", "{{out}}/losses", "losses", "hang")
+first.run(pathlib.Path({str(out)!r}), 10, [first.Part("losses", 300, words)])
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(kernels.__file__).parents[1])
+    written = out / "losses" / "pid"
+    end = time.monotonic() + 60
+    while not (written.exists() and written.read_text()) and time.monotonic() < end:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) != 0
+    assert gone(int(written.read_text()))
+    assert (out / "card-2026-11-30.json").exists()
+
+
+def test_the_parts() -> None:
+    """What is worth most comes first; one command of ten minutes reaches the step, two do all."""
+    names = [each.name for each in first.PARTS]
+    assert names.index("losses") < names.index("step") < names.index("gluon") < names.index("sanitizer")
+    assert sum(each.seconds for each in first.PARTS[: names.index("train")]) <= 9.5 * 60
+    assert sum(each.seconds for each in first.PARTS) <= 13.5 * 60
+    command = first.PARTS[0].command(Path("there"), 150)
+    assert command[1:3] == ["-m", "kernels.bench.suite"]
+    assert command[-4:] == ["--minutes", "2.08", "--out", "there/losses"]
+
+
+def gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
