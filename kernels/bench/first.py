@@ -26,10 +26,11 @@ from kernels.bench.table import markdown, verdicts
 
 MARK = "WEFT_FIRST_CONTACT"  # in the environment of whatever a part starts
 SUITE_ENDS = 25.0  # seconds after its --minutes at most
-CLIP_B = (  # OpenAI's ViT-B/16, 150 M parameters
+CLIP_B = (  # a model of the size of OpenAI's ViT-B/16
     *("model.vision.image_size=224", "model.vision.patch=16", "model.vision.layers=12", "model.vision.width=768"),
-    *("model.vision.heads=12", "model.text.layers=12", "model.text.width=512", "model.text.heads=8"),
-    *("model.text.context=77", "train.global_batch=256", "train.precision=bf16", "run.device=cuda"),
+    *("model.vision.heads=12", "model.vision.mlp_ratio=4", "model.text.layers=12", "model.text.width=512"),
+    *("model.text.heads=8", "model.text.mlp_ratio=4", "model.text.context=77"),
+    *("train.global_batch=256", "train.precision=bf16", "run.device=cuda"),
 )
 SCENES = ("data.train={out}/scenes/train", "data.test={out}/scenes/test")
 

@@ -15,6 +15,7 @@ import pytest
 import kernels
 from kernels.bench import first
 from kernels.bench.first import Part
+from pretrain.config import load_recipe
 
 SUITE = """
 import json, pathlib, subprocess, sys, time
@@ -100,6 +101,22 @@ def test_the_parts() -> None:
     command = first.PARTS[0].command(Path("there"), 150)
     assert command[1:3] == ["-m", "kernels.bench.suite"]
     assert command[-4:] == ["--minutes", "2.08", "--out", "there/losses"]
+
+
+def test_the_trainer_gets_a_recipe_that_it_accepts() -> None:
+    words = {each.name: [word for word in each.command(Path("there"), 75)[3:] if "=" in word] for each in first.PARTS}
+    for name in ("train", "plain"):
+        assert load_recipe("quickstart", [*words[name], "run.device=cpu"]).train.precision == "bf16"
+
+
+def test_the_commands_of_the_readme_are_those_of_the_parts() -> None:
+    readme = (Path(first.__file__).parent / "README.md").read_text()
+    for part in first.PARTS:
+        row = next(line for line in readme.splitlines() if line.startswith(f"| {part.name} "))
+        assert f"| {part.seconds:.0f} |" in row
+        if "kernels.bench.suite" in part.words:
+            words = part.command(Path("runs/first"), part.seconds)
+            assert " ".join(words[words.index("--only") :]) in row
 
 
 def gone(pid: int) -> bool:
