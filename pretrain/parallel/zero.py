@@ -100,8 +100,9 @@ def can_overlap(layout: Layout) -> bool:
     ZeRO-3 is made for it: without, its parameters are fetched in line with the computation as well. ZeRO-1 has it since
     the races that spoilt gradients are mended in what weft requires (DeepSpeed issues 7188, 7804 and 8061, pull
     requests 7805, 7965 and 8080; for ZeRO-3 7898). Not ZeRO-2, of which reports of other losses are open (2867, 5523),
-    and which would send every microbatch. Not with stages: stage_1_and_2.py:974 then leaves the reduction to hooks that
-    have not run. Not with an offloaded optimizer, whose gradients go to the host beside; and alone nothing travels.
+    and which would send every microbatch. Not with stages: stage_1_and_2.py:974 then leaves to hooks what they have
+    not done, and each rank goes by its own gradients (seen on gloo: the norm is another). Not with an offloaded
+    optimizer, whose gradients go to the host beside; and alone nothing travels.
     """
     return layout.zero in (1, 3) and layout.pp == 1 and not layout.offload and layout.dp * layout.cp > 1
 

@@ -542,7 +542,7 @@ def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- there and back
 
 
-@pytest.mark.parametrize("overrides", [[], [override for override, *_ in OVERRIDES]])
+@pytest.mark.parametrize("overrides", [[], ["train.warmup=9", *(override for override, *_ in OVERRIDES)]])
 @pytest.mark.parametrize("name", builtin_recipes())
 def test_a_resolved_recipe_reads_back_the_same(tmp_path: Path, name: str, overrides: list[str]) -> None:
     recipe = load_recipe(name, overrides)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from pretrain.config import Recipe, load_recipe
 from pretrain.errors import RequestError
@@ -50,6 +53,29 @@ def test_the_choice_fits_and_a_larger_card_is_never_worse(world: int, memory_gib
     savings = ("none", "selective", "full")
     assert savings.index(roomy.layout.recompute) <= savings.index(chosen.layout.recompute)
     assert lay_out(roomy, world).microbatches <= lay_out(chosen, world).microbatches
+
+
+@pytest.mark.parametrize("world", [1, 8])
+@pytest.mark.parametrize(
+    ("gib", "micro_batch"), [(139.8, {1: 512, 8: 512}), (79.1, {1: 256, 8: 256}), (23.6, {1: 32, 8: 64})]
+)
+def test_vit_l_14_takes_microbatches_as_large_as_the_card(
+    monkeypatch: pytest.MonkeyPatch, world: int, gib: float, micro_batch: dict[int, int]
+) -> None:
+    """The memory is that of this rank's own card, here an H200's, an A100's and an RTX 4090's."""
+    properties = {
+        torch.device("cuda", number): SimpleNamespace(total_memory=part * gib * (1 << 30))
+        for number, part in enumerate((0.5, 1.0))
+    }
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties.__getitem__)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    chosen = with_layout(load_recipe("vit_l_14"), world)
+    layout = lay_out(chosen, world)
+    assert (layout.dp, layout.zero, layout.micro_batch) == (world, 1, micro_batch[world])
+    assert chosen.layout.recompute == "none"
 
 
 def test_a_model_too_large_for_a_card_is_cut() -> None:
