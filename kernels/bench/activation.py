@@ -54,14 +54,24 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
 
 
 def checks(device: torch.device) -> list[Check]:
-    """Odd sizes."""
+    """Odd sizes. On a GPU also the widths of the table, with several blocks of rows for a program to add up."""
     shapes: list[tuple[Operation, tuple[int, ...]]] = [
         (GELU, (67, 1023)),
         (GELU, (3, 5, 129)),
         (SWIGLU, (67, 1023)),
         (ROTARY, (2, 3, 67, 72)),
     ]
-    return [_check(operation, shape, dtype) for dtype in (torch.float32, torch.bfloat16) for operation, shape in shapes]
+    found = [
+        _check(operation, shape, dtype) for dtype in (torch.float32, torch.bfloat16) for operation, shape in shapes
+    ]
+    if device.type == "cuda":
+        wide: list[tuple[Operation, tuple[int, ...]]] = [
+            (GELU, (801, 4096)),
+            (SWIGLU, (67, 11008)),
+            (ROTARY, (2, 3, 67, 128)),
+        ]
+        found += [_check(operation, shape, torch.bfloat16) for operation, shape in wide]
+    return found
 
 
 def _check(operation: Operation, shape: tuple[int, ...], dtype: torch.dtype) -> Check:

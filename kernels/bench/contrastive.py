@@ -51,24 +51,30 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
 
 
 def checks(device: torch.device) -> list[Check]:
-    """Odd sizes; small and large scale. Embeddings in fp32, and in bf16 where the operation takes them."""
+    """Odd sizes; small and large scale. Embeddings in fp32, and in bf16 where the operation takes them.
+
+    At a large scale the pairs are far apart, for the loss of near ones would be 1e-12: plain torch has no digits of it,
+    and its error would excuse everything. On a GPU also bands of tiles and all stages of a loop, as the table has them.
+    """
     found = []
+    small = [(257, 48, START_SCALE, 1.0), (130, 64, 100.0, 4.0)]
     for dtype in (torch.float32, torch.bfloat16):
-        for pairs, size, scale in ((257, 33, START_SCALE), (130, 64, 100.0)):
+        long = [(3000, 512, START_SCALE, 1.0)] if device.type == "cuda" and dtype == torch.bfloat16 else []
+        for pairs, size, scale, noise in (*small, *long):
             name = f"N{pairs} D{size} scale {scale:g}"
-            draw = _draw(pairs, size, dtype, scale)
+            draw = _draw(pairs, size, dtype, scale, noise)
             found.append(Check(INFONCE, name, dtype, draw, call_infonce, naive_infonce, naive_infonce))
             found.append(Check(SIGMOID, name, dtype, draw, call_sigmoid, naive_sigmoid, naive_sigmoid))
     return found
 
 
-def _draw(pairs: int, size: int, dtype: torch.dtype, scale: float = START_SCALE) -> Draw:
+def _draw(pairs: int, size: int, dtype: torch.dtype, scale: float = START_SCALE, noise: float = 1.0) -> Draw:
     """Unit embeddings, y near x but for noise; scale and bias in fp32."""
 
     def draw(device: torch.device) -> Tensors:
         generator = torch.Generator(device).manual_seed(pairs + size)
         x = torch.randn(pairs, size, device=device, generator=generator)
-        y = x + torch.randn(pairs, size, device=device, generator=generator)
+        y = x + noise * torch.randn(pairs, size, device=device, generator=generator)
         tensors = {"x": F.normalize(x, dim=1).to(dtype), "y": F.normalize(y, dim=1).to(dtype)}
         tensors |= {"scale": torch.tensor(scale, device=device), "bias": torch.tensor(START_BIAS, device=device)}
         return {name: each.requires_grad_() for name, each in tensors.items()}

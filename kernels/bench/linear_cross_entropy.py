@@ -35,12 +35,15 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
 
 
 def checks(device: torch.device) -> list[Check]:
-    """Odd sizes, some targets ignored."""
-    return [
+    """Odd sizes, some targets ignored. On a GPU also rows of many blocks, with and without a part of one at the end."""
+    found = [
         _check(tokens, width, vocabulary, dtype)
         for dtype in (torch.float32, torch.bfloat16)
         for tokens, width, vocabulary in ((131, 64, 1031), (67, 72, 257))
     ]
+    if device.type == "cuda":
+        found += [_check(67, 64, vocabulary, torch.bfloat16) for vocabulary in (49408, 65536)]
+    return found
 
 
 def _check(tokens: int, width: int, vocabulary: int, dtype: torch.dtype) -> Check:

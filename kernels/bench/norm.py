@@ -41,13 +41,22 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
 
 
 def checks(device: torch.device) -> list[Check]:
-    """Odd widths."""
-    return [
+    """Odd widths. On a GPU also those of the table, with so many rows that a program of the backward has several
+    blocks to add up."""
+    found = [
         _check(operation, rows, width, dtype, residual)
         for dtype in (torch.float32, torch.bfloat16)
         for operation in (LAYER, RMS)
         for rows, width, residual in ((257, 1023, False), (67, 768, True), (5, 129, True))
     ]
+    if device.type == "cuda":
+        found += [
+            _check(operation, rows, width, torch.bfloat16, residual)
+            for operation in (LAYER, RMS)
+            for rows, width in ((1601, 4096), (3001, 1152))
+            for residual in (False, True)
+        ]
+    return found
 
 
 def _shapes(operation: Operation, rows: int, width: int, residual: bool) -> dict[str, tuple[int, ...]]:
