@@ -47,7 +47,7 @@ WITHOUT = {
     "huggingface-hub": "tokenizers loads it to download, which weft does not do",
     "ninja": "no operation of DeepSpeed is compiled",
 }
-PEERS = ("liger-kernel==0.8.5", "open-clip-torch", "ftfy", "wcwidth", "timm")  # without what they require
+PEERS = ("liger-kernel==0.8.5", "open-clip-torch", "ftfy", "wcwidth")  # open_clip's losses need no timm
 CHANNEL = 64 * 2**20  # bytes that a channel to such a machine may take
 
 
