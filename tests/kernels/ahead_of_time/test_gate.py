@@ -2,13 +2,14 @@
 memory, spills no registers (or says why), uses tensor cores and asynchronous copies, and has its golden numbers.
 
 One case of every kernel and target is compiled here, and every other that is not what its golden numbers were made
-from (with another version of Triton than theirs, that one case only); `python -m kernels.aot` compiles all (minutes).
-After a wanted change: `python -m kernels.aot --update`, and look at the difference of golden/.
+from (by a Triton without golden numbers, that one case only); `python -m kernels.aot` compiles all (minutes). After a
+wanted change: `python -m kernels.aot --update`, by each Triton of golden/, and look at the difference there.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import triton
@@ -23,6 +24,7 @@ FILES = {
     for target in case.targets
 }
 CASES = {key: (case, target) for key, (_, case, target) in FILES.items()}
+UNKNOWN = f"there are no golden numbers of triton {triton.__version__} for %s: %s"
 GOLDEN = {file: aot.read_golden(file) for file in aot.shipping()}
 SAMPLE = {(case.kernel.__name__, target): key for key, (case, target) in reversed(CASES.items())}.values()
 measured: dict[str, aot.Numbers] = {}
@@ -31,11 +33,9 @@ measured: dict[str, aot.Numbers] = {}
 def numbers_of(key: str) -> aot.Numbers:
     if key not in measured:
         golden = GOLDEN[FILES[key][0]]
-        if key not in SAMPLE and golden.triton != triton.__version__:
-            pytest.skip(
-                f"golden numbers are those of triton {golden.triton}, this is {triton.__version__}: a sample only"
-            )
-        known = key not in SAMPLE and golden.holds(*CASES[key], triton.__version__)
+        if key not in SAMPLE and CASES[key][1] not in aot.recorded():
+            pytest.skip(UNKNOWN % (CASES[key][1], "a sample only"))
+        known = key not in SAMPLE and golden.holds(*CASES[key])
         measured[key] = golden.numbers[key] if known else aot.measure(*CASES[key])
     return measured[key]
 
@@ -47,16 +47,66 @@ def test_compiles_within_the_limits(key: str) -> None:
 
 @pytest.mark.parametrize("key", CASES)
 def test_numbers_are_the_golden_ones(key: str) -> None:
+    if CASES[key][1] not in aot.recorded():
+        pytest.skip(UNKNOWN % (CASES[key][1], "limits only"))
     golden = GOLDEN[FILES[key][0]]
-    if golden.triton != triton.__version__:
-        pytest.skip(f"golden numbers are those of triton {golden.triton}, this is {triton.__version__}: limits only")
     on_record = {key: golden.numbers[key]} if key in golden.numbers else {}
     assert aot.differences({key: numbers_of(key)}, on_record) == []
 
 
 def test_no_golden_number_is_left_over() -> None:
-    assert {key for golden in GOLDEN.values() for key in golden.numbers} == set(CASES)
-    assert {path.stem for path in aot.GOLDEN.iterdir()} == set(GOLDEN)
+    wanted = {key for key, (_, target) in CASES.items() if target in aot.recorded()}
+    assert {key for golden in GOLDEN.values() for key in golden.numbers} == wanted
+    assert {path.stem for path in aot.golden_folder().glob("*")} <= set(GOLDEN)
+
+
+def test_every_reason_for_a_spill_is_that_of_a_version_with_golden_numbers() -> None:
+    versions = {path.name for path in aot.GOLDEN.iterdir()}
+    for case, _ in CASES.values():
+        for target, *version in map(str.split, case.spills):
+            assert target in case.targets, case.name
+            assert {*version} <= versions, case.name
+
+
+def test_golden_numbers_and_reasons_for_spills_are_those_of_a_version(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    case, target = CASES["contrastive sums bf16 D512 on sm_90"]
+    spilling = {"shared": 0, "spill_stores": 4, "HGMMA": 1, "LDGSTS": 1}
+    without = spilling | {"spill_stores": 0}
+    older = dataclasses.replace(case, spills={f"{target} 3.6.0": "a test"})
+    any_version = dataclasses.replace(case, spills={target: "a test"})
+    monkeypatch.setattr(aot, "GOLDEN", tmp_path)
+    for version in ("3.6.0", "3.7.1"):
+        monkeypatch.setattr(triton, "__version__", version)
+        assert aot.read_golden("norm") == aot.Golden({}, {})
+        assert not any(aot.problems(older, target, numbers) for numbers in (spilling, without))  # nobody knows yet
+        mine = aot.Golden({f"{version} on {target}": {"registers": 1}}, {f"{version} on {target}": "print"})
+        aot.write_golden("norm", mine)
+        assert aot.read_golden("norm") == mine
+        assert aot.recorded() == {target}
+        assert bool(aot.problems(older, target, without)) == (version == "3.6.0")
+        assert bool(aot.problems(older, target, spilling)) == (version != "3.6.0")
+        assert not aot.problems(any_version, target, spilling)
+        assert aot.problems(any_version, target, without)
+
+
+def test_an_update_of_one_target_leaves_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    case, _ = CASES["contrastive sums bf16 D512 on sm_90"]
+    case = dataclasses.replace(case, name="a case", targets=("sm_80", "sm_90"))
+    measured: list[str] = []
+    monkeypatch.setattr(aot, "GOLDEN", tmp_path)
+    monkeypatch.setattr(aot, "collect", lambda _: [case])
+    monkeypatch.setattr(
+        aot, "measure", lambda _, target: measured.append(target) or {"shared": len(measured), "spill_stores": 0}
+    )
+    monkeypatch.setattr(aot, "problems", lambda *_: [])
+    assert aot.check("contrastive", ["sm_80"], update=True) == []
+    assert aot.check("contrastive", ["sm_90", "sm_80"], update=True) == []
+    assert measured == ["sm_80", "sm_90"]  # each once: known since
+    assert aot.check("contrastive", ["sm_90"], update=False) == [
+        "a case on sm_90: {'shared': 3, 'spill_stores': 0}, golden {'shared': 2, 'spill_stores': 0}"
+    ]
 
 
 def test_every_kernel_is_shipped_for_every_target() -> None:
