@@ -153,7 +153,7 @@ def refusal(
         return f"heads of size {q.shape[3]} on a GPU: a multiple of 8 is needed to load them 16 bytes at a time"
     if q.device.type == "cuda" and q.element_size() > 2 and q.shape[3] > LARGEST_WIDE_HEAD:
         return f"heads of size {q.shape[3]} in {q.dtype}: sizes up to {LARGEST_WIDE_HEAD} are there, larger in 16 bits"
-    if q.device.type != "cuda" and not INTERPRETED:
+    if not q.is_cuda and not INTERPRETED:
         return f"the tensors are on {q.device}: Triton needs a GPU (or, for tests, TRITON_INTERPRET=1)"
     if not spec.scale > 0:
         return f"scale is {spec.scale}: it must be positive"
@@ -210,7 +210,7 @@ class _Call:
         self.documents = 0 if query_starts is None else query_starts.shape[0] - 1
         self.heavy = spec.soft_cap > 0 or spec.dropout > 0
         self.masked = window > 0 or lengths is not None or query_starts is not None
-        self.ragged = self.masked or spec.causal
+        self.causal, self.ragged = spec.causal, self.masked or spec.causal
         self.numbers = (
             q.shape[1], q.shape[1] // k.shape[1], queries, keys, self.documents, window, threshold(spec.dropout),
             spec.scale, spec.soft_cap,
@@ -224,7 +224,7 @@ class _Call:
         """Where documents share out the length, that for one of mean length."""
         mean = length // max(self.documents, 1)
         tiles = lists[self.architecture]
-        return choose(tiles, self.size, self.itemsize, mean, masked=self.masked, heavy=self.heavy)
+        return choose(tiles, self.size, self.itemsize, mean, causal=self.causal, masked=self.masked, heavy=self.heavy)
 
     def programs(self, length: int, tile: Tile) -> int:
         """For one head; attention_blocks.slots says why."""

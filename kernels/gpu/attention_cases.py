@@ -120,10 +120,13 @@ def _wanted() -> list[Wanted]:
 def chosen_tiles(tiles: list[Tile], size: int, mask: str, itemsize: int) -> list[Tile]:
     """Every tile that a call can choose, by its lengths; that for long sequences first."""
     options = MASKS[mask]
-    masked = any(option in ("WINDOW", "LENGTHS", "QUERY_STARTS") for option in options)
-    heavy = any(option in ("CAP", "DROP") for option in options)
+    bears = dict(
+        causal="CAUSAL" in options,
+        masked=any(option in ("WINDOW", "LENGTHS", "QUERY_STARTS") for option in options),
+        heavy=any(option in ("CAP", "DROP") for option in options),
+    )
     lengths = (SHORT + 1, *(tile.own for tile in tiles))
-    return list(dict.fromkeys(choose(tiles, size, itemsize, each, masked=masked, heavy=heavy) for each in lengths))
+    return list(dict.fromkeys(choose(tiles, size, itemsize, each, **bears) for each in lengths))
 
 
 def _case(kernel: Any, size: int, tile: Tile, mask: str, architecture: str, kind: Kind) -> AotCase:

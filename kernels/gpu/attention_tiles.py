@@ -19,6 +19,7 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     plain: bool = False  # leaves no registers for key lengths, a window, documents, a soft cap or dropout
+    full: bool = False  # nor for a causal mask
 
 
 # where several are for the same bytes, the first; for short sequences, the one that leaves the fewest rows empty
@@ -55,7 +56,7 @@ DKDV = {
         Tile(512, 32, 16, 8, 2),
     ],
     "sm_90": [
-        Tile(128, 128, 64, 8, 2), Tile(128, 64, 64, 4, 2), Tile(192, 64, 64, 8, 2),
+        Tile(128, 128, 64, 8, 2), Tile(128, 64, 64, 4, 2, full=True), Tile(128, 64, 32, 4, 2), Tile(192, 64, 64, 8, 2),
         Tile(256, 128, 32, 8, 2), Tile(256, 64, 32, 8, 2), Tile(512, 32, 32, 8, 2),
     ],
     "sm_100": [
@@ -91,7 +92,14 @@ SHORT = 1024  # up to this many rows, empty ones in the last block cost more tha
 
 
 def choose(
-    tiles: list[Tile], size: int, itemsize: int, length: int, *, masked: bool = False, heavy: bool = False
+    tiles: list[Tile],
+    size: int,
+    itemsize: int,
+    length: int,
+    *,
+    causal: bool = False,
+    masked: bool = False,
+    heavy: bool = False,
 ) -> Tile:
     """The tile for heads of `size` elements where programs share out `length` rows or keys.
 
@@ -104,7 +112,12 @@ def choose(
     if heavy and row_bytes * 2 <= tiles[-1].bytes:
         row_bytes *= 2
     smallest = min((tile.bytes for tile in tiles if tile.bytes >= row_bytes), default=None)
-    fitting = [tile for tile in tiles if tile.bytes == smallest and not (tile.plain and (masked or heavy))] or [WIDEST]
+    more = masked or heavy
+    fitting = [
+        tile
+        for tile in tiles
+        if tile.bytes == smallest and not (tile.plain and more) and not (tile.full and (more or causal))
+    ] or [WIDEST]
     if length > SHORT:
         return fitting[0]
     return min(fitting, key=lambda tile: -(length // -tile.own) * tile.own)

@@ -223,9 +223,12 @@ def test_tiles_are_chosen_by_width_features_and_short_lengths() -> None:
     assert choose(tiles, 64, 2, 4097, heavy=True) == tiles[2]
     assert choose(tiles, 72, 2, 257) == tiles[2]
     assert choose(tiles, 128, 2, 257, heavy=True) == tiles[2]  # there is none for twice the size
+    more = [tiles[0], Tile(128, 64, 128, 4, 1, full=True), *tiles[1:]]
+    assert choose(more, 64, 2, 257) == more[1]
+    assert all(choose(more, 64, 2, 257, **{mask: True}) == more[2] for mask in ("causal", "masked"))
     assert [edge(tiles[0], keys, ragged=False) for keys in (257, 197, 256, 95, 127)] == [16, 16, 16, 32, 64]
     assert edge(tiles[0], 257, ragged=True) == 64
     for lists in (attention_tiles.FORWARD, attention_tiles.DKDV, attention_tiles.DQ):
         for tiles in lists.values():
             assert all(a.bytes <= b.bytes for a, b in pairwise(tiles))
-            assert all(any(not b.plain for b in tiles if b.bytes == a.bytes) for a in tiles)
+            assert all(any(not (b.plain or b.full) for b in tiles if b.bytes == a.bytes) for a in tiles)
