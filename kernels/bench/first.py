@@ -2,9 +2,9 @@
 
     timeout -s INT 590 python -m kernels.bench.first --out DIR --minutes 9.5 2>&1 | tee -a LOG
 
-A part is a process with a limit of its own and a folder DIR/<part>. After each, DIR/<card>-<date>.json has the results
-of all so far. A part whose folder is there is not run again, so the same command goes on where it was cut off; one that
-no time is left for is not begun. Whatever a part leaves running is killed.
+A part is a process with a limit of its own. All suites write into one file, DIR/<card>-<date>.json. DIR/<part>.done tells
+that a part has had its turn, so the same command goes on where it was cut off; a part that no time is left for is not
+begun. Whatever a part leaves running is killed.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from kernels.bench.table import markdown, verdicts
+from kernels.bench.table import markdown
 
 MARK = "WEFT_FIRST_CONTACT"  # in the environment of whatever a part starts
 SUITE_ENDS = 25.0  # seconds after its --minutes at most
@@ -49,7 +48,7 @@ class Part:
 
 
 def _suite(name: str, seconds: float, *words: str) -> Part:
-    return Part(name, seconds, ("kernels.bench.suite", *words, "--minutes", "{minutes}", "--out", f"{{out}}/{name}"))
+    return Part(name, seconds, ("kernels.bench.suite", *words, "--minutes", "{minutes}", "--out", "{out}"))
 
 
 WEFT = "pretrain.cli"
@@ -75,17 +74,15 @@ def run(out: Path, minutes: float, parts: Sequence[Part] = PARTS) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for part in parts:
         given = min(part.seconds, end - time.monotonic())
-        if (out / part.name).exists():
-            print(f"== {part.name}: done before; without {out / part.name} it is run again", flush=True)
+        done = out / f"{part.name}.done"
+        if done.exists():
+            print(f"== {part.name}: done before; without {done} it is run again", flush=True)
         elif given < part.seconds / 2:
             print(f"== {part.name}: not run, no time was left", flush=True)
         else:
             print(f"== {part.name}: {given:.0f} s at most", flush=True)
-            try:
-                print(f"== {part.name}: {_ended(part.command(out, given), given)}", flush=True)
-            finally:
-                (out / part.name).mkdir(exist_ok=True)
-                merge(out, parts)
+            done.touch()
+            print(f"== {part.name}: {_ended(part.command(out, given), given)}", flush=True)
 
 
 def _ended(command: Sequence[str], seconds: float) -> str:
@@ -122,22 +119,6 @@ def _kill_marked(mark: str) -> int:
     return found
 
 
-def merge(out: Path, parts: Sequence[Part]) -> Path | None:
-    """One file of the results of all suites, named as theirs."""
-    files = [file for part in parts for file in sorted((out / part.name).glob("*-????-??-??.json"))]
-    whole: dict[str, Any] = {}
-    for results in (json.loads(file.read_text()) for file in files):
-        for key, value in results.items():
-            whole[key] = whole[key] + value if isinstance(value, list) and key in whole else whole.get(key) or value
-    if not files:
-        return None
-    whole["verdicts"] = verdicts(whole["rows"])
-    whole["machine"]["command"] = "python -m kernels.bench.first --out DIR"
-    path = out / files[0].name
-    path.write_text(json.dumps(whole, indent=1) + "\n")
-    return path
-
-
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
@@ -155,7 +136,7 @@ def main() -> int:
         run(arguments.out, arguments.minutes)
     except KeyboardInterrupt:
         code = 130
-    if path := merge(arguments.out, PARTS):
+    for path in sorted(arguments.out.glob("*-????-??-??.json")):
         print(f"\n{markdown(json.loads(path.read_text()))}\n{path}")
     return code
 

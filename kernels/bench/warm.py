@@ -37,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernels import dispatch, linear_cross_entropy_chunks
 from kernels.aot import TARGETS
 from kernels.bench.case import Case, Check, Tensors
-from kernels.bench.worker import OPERATIONS
+from kernels.bench.jobs import OPERATIONS
 
 PROCESSORS = 132  # of an H100 or H200; no kernel is compiled for their number
 

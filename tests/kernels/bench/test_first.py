@@ -1,8 +1,7 @@
-"""First contact: order, limits, what is left, and one file of all results. The suite is a module of this file here."""
+"""First contact: order, limits, and what is left. The suite is a module of this file here."""
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -17,17 +16,15 @@ from kernels.bench import first
 from kernels.bench.first import Part
 from pretrain.config import load_recipe
 
+# a suite that takes its time to end, with a worker in a session of its own
 SUITE = """
-import json, pathlib, subprocess, sys, time
+import pathlib, subprocess, sys, time
 out, name, end = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-out.mkdir()
-row = dict(operation=name, case="c", implementation="triton", group="kernels", own=True, auto=True, shape="1",
-           status="ok", seconds=1.0, **{"pass": "forward"})
-machine = dict(card="a card", name="card", date="2026-11-30T00:00:00Z")
-(out / "card-2026-11-30.json").write_text(json.dumps(dict(machine=machine, rows=[row], checks=[], verdicts=[])))
-if end == "hang":  # as the suite does: a worker in a session of its own
+(out / f"{name}.rows").touch()
+if end == "hang":
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=True)
-    (out / "pid").write_text(str(child.pid))
+    (out / "draft").write_text(str(child.pid))
+    (out / "draft").replace(out / "pid")
     time.sleep(300)
 """
 
@@ -40,56 +37,60 @@ def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def part(name: str, seconds: float = 60.0, end: str = "") -> Part:
-    return Part(name, seconds, ("suite_of_a_test", f"{{out}}/{name}", name, end))
+    return Part(name, seconds, ("suite_of_a_test", "{out}", name, end))
 
 
-def test_results_of_all_parts_are_in_one_file(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_has_been_done_is_not_done_again(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parts = [part("losses"), part("attention")]
     first.run(out, 10, parts)
-    results = json.loads((out / "card-2026-11-30.json").read_text())
-    assert [row["operation"] for row in results["rows"]] == ["losses", "attention"]
-    assert [verdict["operation"] for verdict in results["verdicts"]] == ["losses", "attention"]
-    assert results["machine"]["card"] == "a card"
-    capsys.readouterr()
+    assert {each.name for each in out.iterdir()} == {f"{each.name}.{end}" for each in parts for end in ("rows", "done")}
+    assert capsys.readouterr().out.count("exit code 0") == 2
+    (out / "losses.done").unlink()
     first.run(out, 10, parts)
-    assert capsys.readouterr().out.count("done before") == 2
-
-
-def test_a_part_that_hangs_ends_with_all_that_it_started(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    first.run(out, 10, [part("losses", 3, "hang"), part("attention")])
     told = capsys.readouterr().out
-    assert "== losses: not done after 3 s; exit code" in told
+    assert told.count("done before") == told.count("exit code 0") == 1
+
+
+def test_a_part_that_hangs_ends_with_all_that_it_started(
+    out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class LimitedWhenItRuns(subprocess.Popen[bytes]):
+        def wait(self, timeout: float | None = None) -> int:
+            if timeout == 60.0 and part_hangs.command(out, 60.0) == self.args:
+                wait_for(out / "pid")
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            return super().wait(timeout)
+
+    part_hangs = part("losses", 60, "hang")
+    monkeypatch.setattr(first.subprocess, "Popen", LimitedWhenItRuns)
+    first.run(out, 10, [part_hangs, part("attention")])
+    told = capsys.readouterr().out
+    assert "== losses: not done after 60 s; exit code" in told
     assert "1 process(es) that were left are killed" in told
-    assert gone(int((out / "losses" / "pid").read_text()))
-    results = json.loads((out / "card-2026-11-30.json").read_text())
-    assert [row["operation"] for row in results["rows"]] == ["losses", "attention"]
+    assert gone(int((out / "pid").read_text()))
+    assert "== attention: exit code 0" in told
 
 
 def test_what_no_time_is_left_for_is_not_begun(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first.run(out, 0.5, [part("attention", 100), part("losses", 20)])
     told = capsys.readouterr().out
     assert "== attention: not run, no time was left" in told
-    assert not (out / "attention").exists()
-    assert (out / "losses" / "card-2026-11-30.json").exists()
+    assert {each.name for each in out.iterdir()} == {"losses.rows", "losses.done"}
 
 
-def test_a_signal_ends_the_part_and_keeps_the_results(out: Path) -> None:
+def test_a_signal_ends_the_part(out: Path) -> None:
     code = f"""
 import pathlib, signal, sys
 from kernels.bench import first
 signal.signal(signal.SIGTERM, first._interrupt)
-words = ("suite_of_a_test", "{{out}}/losses", "losses", "hang")
+words = ("suite_of_a_test", "{{out}}", "losses", "hang")
 first.run(pathlib.Path({str(out)!r}), 10, [first.Part("losses", 300, words)])
 """
     process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(kernels.__file__).parents[1])
-    written = out / "losses" / "pid"
-    end = time.monotonic() + 60
-    while not (written.exists() and written.read_text()) and time.monotonic() < end:
-        time.sleep(0.1)
+    wait_for(out / "pid")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) != 0
-    assert gone(int(written.read_text()))
-    assert (out / "card-2026-11-30.json").exists()
+    assert process.wait(120) != 0
+    assert gone(int((out / "pid").read_text()))
 
 
 def test_the_parts() -> None:
@@ -100,7 +101,7 @@ def test_the_parts() -> None:
     assert sum(each.seconds for each in first.PARTS) <= 13.5 * 60
     command = first.PARTS[0].command(Path("there"), 150)
     assert command[1:3] == ["-m", "kernels.bench.suite"]
-    assert command[-4:] == ["--minutes", "2.08", "--out", "there/losses"]
+    assert command[-4:] == ["--minutes", "2.08", "--out", "there"]
 
 
 def test_the_trainer_gets_a_recipe_that_it_accepts() -> None:
@@ -117,6 +118,13 @@ def test_the_commands_of_the_readme_are_those_of_the_parts() -> None:
         if "kernels.bench.suite" in part.words:
             words = part.command(Path("runs/first"), part.seconds)
             assert " ".join(words[words.index("--only") :]) in row
+
+
+def wait_for(path: Path) -> None:
+    end = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def gone(pid: int) -> bool:
