@@ -2,8 +2,8 @@
 
     timeout -s INT 590 python -m kernels.bench.first --out DIR --minutes 9.5 2>&1 | tee -a LOG
 
-A part is a process with a limit of its own. All suites write into one file, DIR/<card>-<date>.json. DIR/<part>.done tells
-that a part has had its turn, so the same command goes on where it was cut off; a part that no time is left for is not
+A part is a process with a limit of its own. All suites write into one file, DIR/<card>-<date>.json. A part that has had
+its turn leaves DIR/<part>.done, so the same command goes on where it was cut off; one that no time is left for is not
 begun. Whatever a part leaves running is killed.
 """
 
