@@ -4,7 +4,7 @@ Once for each backend, dtype, size of a head and set of options, because each of
 error allowed is several times the rounding of the dtype (of TF32 for fp32) and far below that of a wrong mask.
 
 Ours are tried, and torch's own, which differ between its versions. cuDNN's have given nan where a log-sum-exp is far
-below 0 (pytorch #196678, cudnn-frontend #1072), which random scores never are: SHIFT is added to all of them.
+below 0 (pytorch #196678, cudnn-frontend #1072), which those of random scores never are: SHIFT is added to theirs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kernels.attention_operator import attend
 from kernels.attention_spec import Spec
 from kernels.dispatch import constant_when_compiled, must_agree, trial
 
-LIMITS = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 5e-3, torch.float64: 1e-5}
+LIMITS = {torch.bfloat16: 9e-3, torch.float16: 5e-3, torch.float32: 8e-3, torch.float64: 1e-5}
 LENGTH = 200  # a few tiles, and a part of one
 LENGTHS_OF_TORCHS = (64, 192, 200, 257)  # also where the last tile is half full, or has one row
 SHIFT = -120.0  # exp of its opposite is no number in fp32
@@ -47,8 +47,8 @@ def _compare(
     torchs = backend in attention_sdpa.FUSED
     heads, shared = 2, 2 if torchs and "shared keys" not in traits else 1
     drawn = [torch.randn(batch, each, length, size, generator=generator) for each in (heads, shared, shared)]
-    if "soft cap" not in traits:  # a cap would leave no gradient
-        drawn[0][..., 0], drawn[1][..., 0] = SHIFT, size**0.5
+    if torchs:
+        drawn[0][..., 0], drawn[1][..., 0] = 4 * SHIFT, size**0.5 / 4
     lengths = torch.tensor(LENGTHS, device=device) if "key lengths" in traits else None
     starts = torch.tensor(STARTS, dtype=torch.int32, device=device) if "documents" in traits else None
     causal, window = "causal" in traits, WINDOW if "window" in traits else 0

@@ -98,8 +98,9 @@ def why(operation: Callable[..., Any] | None = None, *arguments: Any, **named: A
 
 # --- trust
 
-# relative errors (norm) allowed to kernels without products of matrices: several times the rounding of the dtype
-LIMITS = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-4}
+# relative errors (norm) allowed to kernels without products of matrices: several times the rounding of the dtype, and
+# less than a wrong factor of 1% makes
+LIMITS = {torch.bfloat16: 9e-3, torch.float16: 5e-3, torch.float32: 1e-4}
 _trials: dict[tuple[str, str], str] = {}
 
 

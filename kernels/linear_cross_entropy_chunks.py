@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from kernels.collectives import all_gather, group_named
+from kernels.dispatch import refuse_difference
 from kernels.precision import accumulator_of
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}  # of a chunk of logits
@@ -284,11 +285,11 @@ def _check_targets(targets_N: torch.Tensor, factors_N: torch.Tensor, size: int) 
 
 
 def compare_with_torch(device: torch.device, dtype: torch.dtype) -> None:
-    """The trial: both backends on a small input with everything in it. Raises RuntimeError where they differ."""
+    """The trial: both backends on a small input with everything in it. Raises ArithmeticError where they differ."""
     generator = torch.Generator(device).manual_seed(0)
     targets = torch.arange(0, 9001, 900, device=device)  # 11 of them, the last in the last column
     factors = torch.arange(11, device=device).remainder(5) / 11
-    tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-3
+    tolerance = 9e-3 if dtype == torch.bfloat16 else 1e-3
     hidden, weight = (torch.randn(size, 64, generator=generator, device=device).to(dtype) / 4 for size in (11, 9001))
     for cap in (0.0, 20.0):
         results = []
@@ -296,7 +297,5 @@ def compare_with_torch(device: torch.device, dtype: torch.dtype) -> None:
             loss = Loss(0.1, 1e-3, cap)
             losses, gradients = run(hidden, weight, None, targets, factors, loss, "", backend, (True, True, False))
             results.append((losses, *gradients[:2]))
-        for name, mine, plain in zip(("losses", "dhidden", "dweight"), *results, strict=True):
-            error = float((mine.double() - plain.double()).norm() / plain.double().norm())
-            if not error <= tolerance:
-                raise RuntimeError(f"{name} in {dtype} differ from torch's by {error:.1e}, {tolerance:.0e} is allowed")
+        mine, plain = ([each.float() for each in result] for result in results)
+        refuse_difference(mine, plain, tolerance, f"with a soft cap of {cap}: ")
