@@ -55,10 +55,20 @@ test-slow-data: $(READY)
 test-kernels: $(READY)
 	$(BIN)/python -m pytest -q tests/kernels --ignore tests/kernels/interpreter --ignore tests/kernels/ahead_of_time
 
-# Triton is an interpreter or a compiler from its import on: a process for each.
-test-triton: $(READY)
+# Triton is an interpreter or a compiler from its import on: a process for each. Kernels are compiled by two of its
+# versions, since GPU builds of torch bring their own; the older one, a package without others, lies beside the environment's.
+OLDER := 3.6.0
+OLDER_TRITON := $(VENV)/triton-$(OLDER)
+
+test-triton: $(READY) $(OLDER_TRITON)/.ready
 	$(BIN)/python -m pytest -q tests/kernels/interpreter
 	$(BIN)/python -m pytest -q tests/kernels/ahead_of_time
+	! test -d $(OLDER_TRITON)/triton || PYTHONPATH=$(OLDER_TRITON) $(BIN)/python -m pytest -q tests/kernels/ahead_of_time
+
+$(OLDER_TRITON)/.ready: | $(READY)
+	mkdir -p $(OLDER_TRITON)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(OLDER_TRITON) triton==$(OLDER) && touch $@ \
+		|| echo "triton $(OLDER) cannot be installed here: the tests that compile by it are skipped"
 
 lint: $(READY)
 	$(BIN)/ruff check .
