@@ -45,6 +45,7 @@ INTEGERS = (torch.int32, torch.int64)
 
 def _choice(q_BHQK: torch.Tensor, k_BGSK: torch.Tensor, v_BGSK: torch.Tensor, **options: Any) -> Choice:
     """For `why`: what `attention` would choose for the same arguments."""
+    q_BHQK, k_BGSK, v_BGSK = _autocast(q_BHQK, k_BGSK, v_BGSK)
     options.pop("rotary", None)
     if options.get("seed") is None:
         options["seed"] = 0  # to draw one would move torch's generator
@@ -70,7 +71,7 @@ def attention(
     return_lse: bool = False,
     backend: str = AUTO,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Attention output [B, H, Q, K] in the inputs' dtype; differentiable in q, k and v.
+    """Attention output [B, H, Q, K] in the inputs' dtype (under autocast, in autocast's); differentiable in q, k and v.
 
     Query i stands at place p = i + S - Q among the keys: the last query at the last key. A query that sees no key
     gives 0, and gradient 0.
@@ -92,6 +93,7 @@ def attention(
 
     Raises ValueError for arguments that contradict each other, and for a named backend that cannot do the call.
     """
+    q_BHQK, k_BGSK, v_BGSK = _autocast(q_BHQK, k_BGSK, v_BGSK)
     choice, spec, tensors = _plan(
         q_BHQK, k_BGSK, v_BGSK, causal=causal, key_lengths_B=key_lengths_B, window=window, query_starts=query_starts,
         key_starts=key_starts, soft_cap=soft_cap, dropout=dropout, seed=seed, scale=scale, return_lse=return_lse,
@@ -227,6 +229,17 @@ def _traits(spec: Spec, lengths: bool, documents: bool) -> tuple[str, ...]:
 
 
 # --- the arguments
+
+
+def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """As autocast does with torch's function: a norm of q and k leaves them in fp32 there, and v in 16 bits."""
+    device = tensors[0].device.type
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        each.to(dtype) if each.is_floating_point() and each.dtype != torch.float64 else each for each in tensors
+    )
 
 
 def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

@@ -40,10 +40,11 @@ def attend(
         from kernels.gpu import attention_gluon
 
         return attention_gluon.forward(q_BHQK, k_BGSK, v_BGSK, spec)
-    return _module(backend).forward(
-        q_BHQK, k_BGSK, v_BGSK, spec,
-        key_lengths_B=key_lengths_B, query_starts=query_starts, key_starts=key_starts, seed=seed,
-    )  # fmt: skip
+    with torch.autocast(q_BHQK.device.type, enabled=False):  # which would round the products of plain torch
+        return _module(backend).forward(
+            q_BHQK, k_BGSK, v_BGSK, spec,
+            key_lengths_B=key_lengths_B, query_starts=query_starts, key_starts=key_starts, seed=seed,
+        )  # fmt: skip
 
 
 @torch.library.custom_op("weft::attention_backward", mutates_args=())
@@ -67,10 +68,11 @@ def attend_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v."""
     spec = Spec(scale, causal, window, soft_cap, dropout)
-    return _module("triton" if backend == "gluon" else backend).backward(
-        grad_BHQK, q_BHQK, k_BGSK, v_BGSK, out_BHQK, lse_BHQ, spec,
-        key_lengths_B=key_lengths_B, query_starts=query_starts, key_starts=key_starts, seed=seed,
-    )  # fmt: skip
+    with torch.autocast(q_BHQK.device.type, enabled=False):
+        return _module("triton" if backend == "gluon" else backend).backward(
+            grad_BHQK, q_BHQK, k_BGSK, v_BGSK, out_BHQK, lse_BHQ, spec,
+            key_lengths_B=key_lengths_B, query_starts=query_starts, key_starts=key_starts, seed=seed,
+        )  # fmt: skip
 
 
 def _module(backend: str) -> Any:

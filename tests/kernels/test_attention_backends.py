@@ -281,6 +281,16 @@ def test_errors_say_what_is_wrong(tensors: tuple[torch.Tensor, ...], options: di
         attention(*tensors, **options)
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 3, "causal": True}, {"soft_cap": 3.0}], ids=str)
+def test_under_autocast_every_backend_takes_what_torchs_does(options: dict[str, Any]) -> None:
+    """A norm leaves q and k in fp32 there, and v comes from a linear layer (diffusers #14104, xformers #1046)."""
+    half = [each.bfloat16() for each in (Q, K, V)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = attention(half[0].float(), half[1].float(), half[2], **options)
+    assert mixed.dtype == torch.bfloat16
+    torch.testing.assert_close(mixed, attention(*half, **options), atol=0, rtol=0)
+
+
 # --- memory
 
 
