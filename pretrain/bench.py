@@ -1,17 +1,21 @@
-"""`weft bench step`: one training step of ours against the same model in plain torch, in one run on one machine.
+"""`weft bench step`: one training step of ours against the same model elsewhere, in one run on one machine.
 
-Both start from the same parameters and train on the same batches, so their first losses must agree; they take turns
-in short rounds, so that whatever else the machine does falls on both alike. The batches are those of the first steps of
-training where the recipe's data is there, made up otherwise. weft computes no padding of captions, plain torch the
-whole context, as trainers usually do; made-up captions fill it. With several ranks (`--nproc`) the peer is plain torch
-under DistributedDataParallel, whose loss gathers all embeddings; a model that is cut has no such peer, and is measured
-alone.
+The peers (bench_peers.py) are plain torch, as it comes and at its best, and open_clip's model where it is installed; a
+model that is cut has none, and is measured alone. Ours and plain torch start from the same parameters and train on the
+same batches, so their first losses must agree; all take turns in short rounds, so that whatever else the machine does
+falls on all alike. The batches are those of the first steps of training where the recipe's data is there, made up
+otherwise. weft computes no padding of captions, the others the whole context, as trainers usually do; made-up captions
+fill it. `layout=auto` gives weft its microbatches; the others take a rank's share at once.
+
+A step is over when the device has done it: each round ends with the last of its work. The first round warms up, and
+before it a step has compiled what is compiled. FLOP/s and MFU are of one count for all, the matrix products that the
+model needs (flops.py), against the card's dense bf16 peak. Memory is the peak of the device's allocator over a round,
+without what the others keep there meanwhile.
 
 Beside the time: the share of a step in which a collective or a message between stages is under way on this rank, by
 torch's profiler, waiting for the others included; and the bytes that autograd keeps for backward at the worst moment.
 
-Plain torch runs twice: as it comes, and with its best settings for the device (one fused kernel for all of AdamW). The
-ratio is against the faster of the two; it is the median over rounds of the ratio within a round, because a virtual
+The ratio is against the fastest peer; it is the median over rounds of the ratio within a round, because a virtual
 machine is slower in one round than in another by more than what is compared here. All run in one process, so what weft
 sets there for glibc's allocator serves them all.
 """
@@ -21,37 +25,50 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from data_pipeline import Batch
 from pretrain.activations import SavedBytes
 from pretrain.bench_batches import batches_for
+from pretrain.bench_peers import Step, peers, plain_start
 from pretrain.config import Recipe
-from pretrain.flops import training_flops_per_sample
+from pretrain.errors import RequestError, is_memory_full
+from pretrain.flops import peak_tflops, training_flops_per_sample
 from pretrain.models.dual import DualEncoder
 from pretrain.parallel.build import build_model
+from pretrain.parallel.choose import GIB, with_layout
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.groups import Ranks, pick_device, start_ranks, stop_ranks, world_size
-from pretrain.parallel.layout import lay_out
-from pretrain.parallel.updater import adamw, parameter_groups
-from pretrain.plain import PlainDualEncoder, plain_contrastive_loss
+from pretrain.parallel.layout import Layout, lay_out
 
-Step = Callable[[Batch], float]  # trains on this rank's rows; the loss
 ROUNDS, STEPS_A_ROUND = 15, 4
+FEWEST, LONGEST = 3, 150.0  # rounds, and seconds after which there are no more than those
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One way to train: the median over rounds of a step on the global batch, in seconds."""
+
+    seconds: float
+    samples_per_second: float
+    gflops: float  # a second and rank
+    mfu: float | None = None  # where the card's peak is known
+    memory_gib: float | None = None  # of this rank's card
+
+    def __str__(self) -> str:
+        more = f", {self.mfu:.1%} MFU" if self.mfu is not None else ""
+        more += f", {self.memory_gib:.1f} GiB" if self.memory_gib is not None else ""
+        return f"{self.seconds:.4f} s a step, {self.samples_per_second:.0f} samples/s, {self.gflops:.0f} GFLOP/s{more}"
 
 
 @dataclass(frozen=True)
 class StepBench:
-    """Seconds are medians over rounds of one step on the global batch.
-
-    ratio = weft / the faster plain torch, a median over rounds too; below 1 weft is faster.
-    """
+    """ratio = weft / the fastest peer, a median over rounds; below 1 weft is faster."""
 
     layout: str
     device: str
@@ -59,107 +76,163 @@ class StepBench:
     threads: int
     global_batch: int
     parameters: int
-    weft_seconds: float
-    weft_gflops: float
+    gflop_per_sample: float
+    weft: Measured
     communication: float  # share of a step, 0 to 1
     activations: int  # bytes that autograd keeps
-    plain_seconds: float | None = None  # AdamW as it comes
-    plain_fused_seconds: float | None = None
+    peers: dict[str, Measured] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()  # peers that are not to be had here, and why
+    fastest: str | None = None  # of the peers
     ratio: float | None = None
     first_loss_difference: float | None = None
 
+    @property
+    def weft_seconds(self) -> float:
+        """Of a step."""
+        return self.weft.seconds
+
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
-        return asdict(self)
+        return {**asdict(self), "weft_seconds": self.weft_seconds}
 
     def __str__(self) -> str:
-        return (
+        width = max(map(len, ("weft", *self.peers)))
+        lines = [
             f"{self.layout}, {self.device}, {self.threads} thread(s) a rank, {self.parameters / 1e6:.2f} M parameters, "
-            f"batch {self.global_batch}\n  {self.batches}\n"
-            f"  weft         {self.weft_seconds:.4f} s a step, {self.global_batch / self.weft_seconds:.0f} samples/s, "
-            f"{self.weft_gflops:.0f} GFLOP/s a rank; communication {self.communication:.0%} of it, "
-            f"activations {self.activations / (1 << 20):.1f} MiB\n" + self._peer()
-        )
-
-    def _peer(self) -> str:
-        if self.plain_seconds is None or self.plain_fused_seconds is None:
-            return "  no peer: plain torch does not cut models"
-        rows = (("plain torch ", self.plain_seconds), ("  fused AdamW", self.plain_fused_seconds))
-        return (
-            "\n".join(
-                f"  {name} {seconds:.4f} s a step, {self.global_batch / seconds:.0f} samples/s"
-                for name, seconds in rows
-            )
-            + f"\n  weft / the faster plain torch = {self.ratio:.3f} (below 1: weft is faster); first losses differ by "
-            f"{self.first_loss_difference:.1e}"
-        )
+            f"batch {self.global_batch}, {self.gflop_per_sample:.2f} GFLOP a sample",
+            f"  {self.batches}",
+            *(f"  {name:{width}} {each}" for name, each in {"weft": self.weft, **self.peers}.items()),
+            f"  of weft's step, communication {self.communication:.0%}; activations "
+            f"{self.activations / (1 << 20):.1f} MiB",
+            *(f"  {sentence}" for sentence in self.left_out),
+        ]
+        if self.fastest:
+            lines.append(f"  weft / {self.fastest} = {self.ratio:.3f} (below 1: weft is faster)")
+        if self.first_loss_difference is not None:
+            lines[-1] += f"; first losses of weft and plain torch differ by {self.first_loss_difference:.1e}"
+        return "\n".join(lines)
 
 
-def bench_training_step(recipe: Recipe) -> StepBench | None:
+def bench_training_step(recipe: Recipe, compiled: bool | None = None) -> StepBench | None:
     """Measure the model, batch, precision and layout of a recipe; None on every rank but the first.
 
+    compiled: also peers whose blocks are compiled, which takes a minute or more on a CPU; default: on CUDA.
     Raises ValueError for a recipe that the plain twin is not written for.
     """
+    recipe = with_layout(recipe, world_size())
     layout = lay_out(recipe, world_size())
     if [objective.name for objective in recipe.objectives] != ["contrastive"]:
         raise ValueError("weft bench step measures contrastive training: one objective, contrastive")
     ranks = start_ranks(layout, pick_device(recipe.run.device))
     try:
-        model = build_model(recipe, layout, ranks)
-        assert isinstance(model, DualEncoder)
-        parameters = list(model.parameters())
-        steps: dict[str, Step] = {}
-        if layout.tp * layout.pp * layout.cp == 1:
-            for name, fused in (("plain", None), ("fused", True)):
-                plain = PlainDualEncoder.from_weft(model, recipe.model).to(ranks.device)
-                steps[name] = _plain_step(plain, recipe, ranks, fused)
-        steps["weft"] = _weft_step(model, recipe, ranks)
-        batches, source = batches_for(recipe, layout, ranks, STEPS_A_ROUND)
-        length = statistics.fmean(batch.caption_length for batch in batches)
-        first = {name: step(batches[0]) for name, step in steps.items()}
-        seconds = _take_turns(steps, batches, ranks)
-        with SavedBytes(parameters) as saved:
-            steps["weft"](batches[0])
-        communication = _communication_share(steps["weft"], batches[0], ranks)
-        if not ranks.is_first:
-            return None
-        weft = statistics.median(seconds["weft"])
-        flops = training_flops_per_sample(recipe.model, length) * recipe.train.global_batch
-        compared = "plain" in steps
-        return StepBench(
-            layout=str(layout),
-            device=torch.cuda.get_device_name() if ranks.device.type == "cuda" else "CPU",
-            batches=f"{source}; captions of {length:.3g} of {recipe.model.text.context} tokens on average",
-            threads=torch.get_num_threads(),
-            global_batch=recipe.train.global_batch,
-            parameters=sum(parameter.numel() for parameter in parameters),
-            weft_seconds=weft,
-            weft_gflops=flops / weft / layout.world / 1e9,
-            communication=communication,
-            activations=saved.peak,
-            plain_seconds=statistics.median(seconds["plain"]) if compared else None,
-            plain_fused_seconds=statistics.median(seconds["fused"]) if compared else None,
-            ratio=max(_ratio(seconds["weft"], seconds[name]) for name in ("plain", "fused")) if compared else None,
-            first_loss_difference=abs(first["weft"] - first["plain"]) if compared else None,
-        )
+        return _measure(recipe, layout, ranks, ranks.device.type == "cuda" if compiled is None else compiled)
     finally:
         stop_ranks(ranks)
 
 
-def _take_turns(steps: dict[str, Step], batches: list[Batch], ranks: Ranks) -> dict[str, list[float]]:
-    """Seconds of a step, by name and round."""
+def _measure(recipe: Recipe, layout: Layout, ranks: Ranks, compiled: bool) -> StepBench | None:
+    batches, source = batches_for(recipe, layout, ranks, STEPS_A_ROUND)
+    length = statistics.fmean(batch.caption_length for batch in batches)
+    before = _allocated(ranks)
+    model = build_model(recipe, layout, ranks)
+    assert isinstance(model, DualEncoder)
+    kept = {"weft": _allocated(ranks) - before}  # bytes on the card from one step to the next
+    parameters = list(model.parameters())
+    whole = layout.tp * layout.pp * layout.cp == 1
+    start = plain_start(model, recipe) if whole else {}
+    steps: dict[str, Step] = {}
+    first: dict[str, float] = {}
+    left_out: list[str] = []
+
+    def begin(name: str, make: Callable[[], Step]) -> None:
+        """Make it, with a first step, which makes Adam's state and compiles."""
+        before = _allocated(ranks)
+        step = make()
+        first[name], steps[name] = float(step(batches[0])), step
+        kept[name] = kept.get(name, 0) + _allocated(ranks) - before
+
+    for name, make in (peers(start, recipe, ranks, compiled) if whole else {}).items():
+        try:
+            begin(name, make)
+        except RequestError as error:
+            if str(error) not in left_out:
+                left_out.append(str(error))
+        except RuntimeError as error:
+            if not is_memory_full(error) or ranks.world > 1:
+                raise
+            left_out.append(f"{name} is not measured: the memory is full, for it takes the whole batch at once")
+    begin("weft", lambda: _weft_step(model, recipe, ranks))
+    seconds, peaks = _take_turns(steps, batches, ranks)
+    with SavedBytes(parameters) as saved:
+        steps["weft"](batches[0])
+    communication = _communication_share(steps["weft"], batches[0], ranks)
+    if not ranks.is_first:
+        return None
+    of_sample = training_flops_per_sample(recipe.model, length)
+    peak = peak_tflops(ranks.device)
+
+    def measured(name: str) -> Measured:
+        median = statistics.median(seconds[name])
+        gflops = of_sample * recipe.train.global_batch / median / layout.world / 1e9
+        others = sum(kept.values()) - kept[name]
+        return Measured(
+            seconds=median,
+            samples_per_second=recipe.train.global_batch / median,
+            gflops=gflops,
+            mfu=gflops / peak / 1e3 if peak else None,
+            memory_gib=(peaks[name] - others) / GIB if name in peaks else None,
+        )
+
+    found = {name: measured(name) for name in steps if name != "weft"}
+    fastest = min(found, key=lambda name: found[name].seconds) if found else None
+    return StepBench(
+        layout=str(layout),
+        device=torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU",
+        batches=f"{source}; captions of {length:.3g} of {recipe.model.text.context} tokens on average",
+        threads=torch.get_num_threads(),
+        global_batch=recipe.train.global_batch,
+        parameters=sum(parameter.numel() for parameter in parameters),
+        gflop_per_sample=of_sample / 1e9,
+        weft=measured("weft"),
+        communication=communication,
+        activations=saved.peak,
+        peers=found,
+        left_out=tuple(left_out),
+        fastest=fastest,
+        ratio=_ratio(seconds["weft"], seconds[fastest]) if fastest else None,
+        first_loss_difference=abs(first["weft"] - first["plain torch"]) if "plain torch" in first else None,
+    )
+
+
+def _take_turns(
+    steps: dict[str, Step], batches: list[Batch], ranks: Ranks
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """(seconds of a step, by name and round; the most bytes on the card in the first round, by name)."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
+    peaks: dict[str, int] = {}
+    start = time.perf_counter()
     for round_number in range(ROUNDS + 1):
         for name, step in steps.items():
             ranks.wait_for_all()
+            if ranks.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(ranks.device)
             began = time.perf_counter()
             for batch in batches:
                 step(batch)
             if ranks.device.type == "cuda":
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(ranks.device)
             if round_number:  # the first warms up
                 seconds[name].append((time.perf_counter() - began) / STEPS_A_ROUND)
-    return seconds
+            elif ranks.device.type == "cuda":
+                peaks[name] = torch.cuda.max_memory_allocated(ranks.device)
+        late = time.perf_counter() - start > LONGEST
+        if int(ranks.agree(torch.tensor([int(late)]))) and round_number >= FEWEST:
+            break
+    return seconds, peaks
+
+
+def _allocated(ranks: Ranks) -> int:
+    return torch.cuda.memory_allocated(ranks.device) if ranks.device.type == "cuda" else 0
 
 
 def _ratio(ours: list[float], theirs: list[float]) -> float:
@@ -170,13 +243,22 @@ def _ratio(ours: list[float], theirs: list[float]) -> float:
 def _communication_share(step: Step, batch: Batch, ranks: Ranks) -> float:
     """The share of a step in which a collective or a message is under way on this rank, waiting for others included."""
     ranks.wait_for_all()
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if ranks.device.type == "cuda" else [])]
+    on_card = ranks.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_card else [])]
     with profile(activities=activities) as profiler, record_function("step"):
         step(batch)
+        if on_card:
+            torch.cuda.synchronize(ranks.device)
     events = profiler.events() or []
-    (whole,) = [event.time_range for event in events if event.name == "step"][:1]
+    (whole,) = [event.time_range for event in events if event.name == "step" and event.device_type == DeviceType.CPU][
+        :1
+    ]
+    # on a card what NCCL's kernels take there, not the calls that start them
+    where, names = (DeviceType.CUDA, ("nccl",)) if on_card else (DeviceType.CPU, ("gloo:",))
     spans = sorted(
-        (event.time_range.start, event.time_range.end) for event in events if event.name.startswith(("gloo:", "nccl:"))
+        (event.time_range.start, event.time_range.end)
+        for event in events
+        if event.device_type == where and event.name.startswith(names)
     )
     busy, until = 0.0, whole.start
     for start, end in spans:
@@ -189,33 +271,3 @@ def _weft_step(model: DualEncoder, recipe: Recipe, ranks: Ranks) -> Step:
     layout = lay_out(recipe, ranks.world)
     engine = Engine(model.to(ranks.device), recipe, layout, ranks)
     return lambda batch: engine.step(batch.shortened(layout.text_step), recipe.train.lr).loss
-
-
-def _plain_step(plain: PlainDualEncoder, recipe: Recipe, ranks: Ranks, fused: bool | None) -> Step:
-    train = recipe.train
-    wrapped = DistributedDataParallel(plain, process_group=ranks.dp_group)
-    optimizer = adamw(parameter_groups(plain, train.weight_decay), train, fused)
-    half = train.precision == "bf16"
-
-    def step(batch: Batch) -> float:
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=half):
-            image, text, scale = wrapped(batch.image, batch.text)
-        image, text = (_gathered(each.float(), ranks) for each in (image, text))
-        loss = plain_contrastive_loss(image, text, scale)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(plain.parameters(), train.grad_clip or float("inf"))
-        optimizer.step()
-        return float(loss.detach())
-
-    return step
-
-
-def _gathered(own: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """All ranks' rows with the gradient of the own ones, as CLIP trainers do."""
-    if ranks.dp_size == 1:
-        return own
-    parts = [torch.empty_like(own) for _ in range(ranks.dp_size)]
-    dist.all_gather(parts, own.detach().contiguous(), group=ranks.dp_group)
-    parts[ranks.dp_rank] = own
-    return torch.cat(parts)

@@ -23,6 +23,7 @@ from pretrain.checkpoint.format import describe
 from pretrain.checkpoint.save import Saver
 from pretrain.config import Recipe
 from pretrain.parallel.build import build_model
+from pretrain.parallel.choose import with_layout
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.groups import pick_device, start_ranks, stop_ranks, world_size
 from pretrain.parallel.layout import lay_out
@@ -71,6 +72,7 @@ class CheckpointBench:
 
 def bench_checkpoint(recipe: Recipe, rounds: int = ROUNDS) -> CheckpointBench | None:
     """Measure the recipe's model, layout and run.dir's disk; None on ranks other than the first."""
+    recipe = with_layout(recipe, world_size())
     layout = lay_out(recipe, world_size())
     ranks = start_ranks(layout, pick_device(recipe.run.device))
     folder = recipe.run.dir / "bench-checkpoint"

@@ -309,9 +309,16 @@ def bench_step(
     layouts: Annotated[
         bool, typer.Option("--layouts", help="Print a table: one process, and --nproc ranks under every layout.")
     ] = False,
+    compile_: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Also peers with compiled blocks. Default: on a GPU; on a CPU it takes minutes.",
+        ),
+    ] = None,
     json_: Json = False,
 ) -> None:
-    """Compare the training step with the same model in plain torch (SDPA, DDP)."""
+    """Compare the training step with the same model in plain torch, and with open_clip's where it is installed."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler tells stderr that it starts and stops
     from pretrain.config import load_recipe
     from pretrain.launch import launch
@@ -326,10 +333,11 @@ def bench_step(
         return
     if nproc > 1 and not _one_of_several(nproc):
         flags = ["--recipe", recipe, "--nproc", str(nproc), *(["--json"] if json_ else [])]
+        flags += [] if compile_ is None else ["--compile" if compile_ else "--no-compile"]
         raise typer.Exit(launch(["bench", "step", *(overrides or []), *flags], nproc))
     from pretrain.bench import bench_training_step
 
-    result = bench_training_step(resolved)
+    result = bench_training_step(resolved, compile_)
     if result is not None:
         print(json.dumps(result.as_dict()) if json_ else str(result))
 

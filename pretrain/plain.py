@@ -39,17 +39,21 @@ class PlainBlock(nn.Module):
 
 
 class PlainDualEncoder(nn.Module):
-    """Mean pooled vision tower with fixed 2-D positions, causal text tower pooled at the end mark."""
+    """A vision tower with a mean or a class token, a causal text tower pooled at the end mark."""
 
     def __init__(self, config: Model) -> None:
         super().__init__()
         vision, text = config.vision, config.text
-        if (vision.pool, vision.positions, text.causal) != ("mean", "sincos2d", True):
-            raise ValueError("the plain twin is written for pool=mean, positions=sincos2d and causal text only")
+        if not text.causal:
+            raise ValueError("the plain twin is written for model.text.causal=true only")
         grid = vision.image_size // vision.patch
         self.patch = vision.patch
         self.patches = nn.Linear(3 * vision.patch**2, vision.width)
-        self.register_buffer("grid", sincos_2d(grid, grid, vision.width), persistent=False)
+        if vision.positions == "learned":
+            self.grid = nn.Parameter(torch.empty(grid**2, vision.width))
+        else:
+            self.register_buffer("grid", sincos_2d(grid, grid, vision.width), persistent=False)
+        self.class_token = nn.Parameter(torch.empty(vision.width)) if vision.pool == "class" else None
         self.vision = nn.Sequential(
             *(PlainBlock(vision, False) for _ in range(vision.layers)), nn.LayerNorm(vision.width)
         )
@@ -63,7 +67,10 @@ class PlainDualEncoder(nn.Module):
     def forward(self, image: torch.Tensor, text_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(image [B, E], text [B, E], logit scale []), embeddings of unit length."""
         image_BSD = self.patches(cut_into_patches(image.float() / 127.5 - 1, self.patch)) + self.grid
-        pooled = self.vision(image_BSD).mean(1)
+        if self.class_token is not None:
+            image_BSD = torch.cat([self.class_token.to(image_BSD).expand(len(image_BSD), 1, -1), image_BSD], 1)
+        hidden_BSD = self.vision(image_BSD)
+        pooled = hidden_BSD.mean(1) if self.class_token is None else hidden_BSD[:, 0]
         hidden_BSD = self.text(self.tokens(text_BS) + self.positions[: text_BS.shape[1]])
         end_B = (text_BS == EOS).int().argmax(1)
         last = hidden_BSD[torch.arange(len(end_B)), end_B]
@@ -107,6 +114,8 @@ def _of_weft(name: str, theirs: dict[str, nn.Parameter], config: Model) -> torch
         "log_scale": "logit_scale.log",
         "patches.weight": "vision.patches.linear.weight",
         "patches.bias": "vision.patches.linear.bias",
+        "grid": "vision.patches.positions",
+        "class_token": "vision.class_token",
         "tokens.weight": "text.tokens.weight",
         "positions": "text.positions",
     }

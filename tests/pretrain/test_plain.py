@@ -1,5 +1,7 @@
 """Ours against the twin in plain torch: the same embeddings, loss and gradients from the same parameters."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -11,10 +13,13 @@ from pretrain.plain import PlainDualEncoder, plain_contrastive_loss
 from pretrain.sections import Model, Text, Vision
 
 
-@pytest.mark.parametrize(("heads", "context", "batch"), [(2, 7, 5), (4, 16, 3)])
-def test_twins_agree(heads: int, context: int, batch: int) -> None:
+@pytest.mark.parametrize(
+    ("heads", "context", "batch", "vision"),
+    [(2, 7, 5, {}), (4, 16, 3, {"pool": "class", "positions": "learned"}), (2, 8, 3, {"pool": "class"})],
+)
+def test_twins_agree(heads: int, context: int, batch: int, vision: dict[str, Any]) -> None:
     config = Model(
-        vision=Vision(layers=2, width=32, heads=heads, image_size=24, patch=8),
+        vision=Vision(layers=2, width=32, heads=heads, image_size=24, patch=8, **vision),
         text=Text(layers=3, width=24, heads=heads, context=context, vocab_size=300),
         embed_dim=20,
     )
