@@ -5,8 +5,8 @@ attention_backward.py, what they share in attention_blocks.py, their tile sizes 
 launched; kernels/attention.py makes an operator with gradients of it.
 
 - Nothing waits for the device: key lengths, starts of documents and the seed are read by the kernels.
-- All tiles compile for sm_80, sm_90, sm_100 and gfx942 without spilling registers, but for those in SPILLS of
-  attention_cases.py. None has run on a GPU yet.
+- All tiles compile for sm_80, sm_90, sm_100 and gfx942 without spilling registers, but for those that
+  attention_spills.py lists. None has run on a GPU yet.
 
 Axes: B batch, H heads, G heads of keys and values (H a multiple of G), Q queries, S keys, K size of a head.
 """

@@ -28,6 +28,7 @@ import triton.language as tl
 from kernels.gpu.attention_backward import attention_delta_kernel, attention_dkdv_kernel, attention_dq_kernel
 from kernels.gpu.attention_dropout import dropout_keep_kernel
 from kernels.gpu.attention_forward import attention_forward_kernel
+from kernels.gpu.attention_spills import SPILLS
 from kernels.gpu.attention_tiles import DELTA_ROWS, DKDV, DQ, FORWARD, SHORT, Tile, choose, parts
 
 if TYPE_CHECKING:
@@ -194,62 +195,3 @@ def _keep_case() -> AotCase:
         options={},
         matrix=False,
     )
-
-
-# --- accepted spills
-
-OCCUPANCY = "ptxas gives up a few words for one more program on a multiprocessor"
-SPILLS = {
-    "attention_forward 80 window 64x64 w4 s3": {"sm_100": OCCUPANCY},
-    "attention_forward 96 full 128x64 w8 s3": {"sm_100": OCCUPANCY},
-    "attention_forward 128 full 64x64 w4 s3": {"sm_100": OCCUPANCY},
-    "attention_dkdv 64 window 64x32 w4 s2": {"sm_80": OCCUPANCY},
-    "attention_dkdv 64 capped window 64x32 w8 s2": {"sm_100": OCCUPANCY},
-    "attention_dkdv 128 documents 64x32 w8 s2": {"sm_100": "2 words; fewer keys would not fill a tensor core"},
-    "attention_dkdv 128 causal documents 64x32 w8 s2": {"sm_100": "5 words; fewer keys would not fill a tensor core"},
-    "attention_dkdv 64 causal fp32 32x32 w8 s2": {"sm_90": OCCUPANCY, "sm_100": OCCUPANCY},
-    "attention_dkdv 128 causal fp32 16x16 w8 s1": dict.fromkeys(("sm_80", "sm_90", "sm_100"), OCCUPANCY),
-    "attention_dq 128 causal fp32 16x16 w8 s1": {"sm_80": "1 word"},
-    "attention_forward 64 all documents fp32 64x32 w8 s2": dict.fromkeys(("sm_80", "sm_90"), OCCUPANCY),
-    "attention_forward 128 window documents tf32 16x16 w8 s1": dict.fromkeys(("sm_80", "sm_90", "sm_100"), OCCUPANCY),
-    "attention_dkdv 64 all documents fp32 32x16 w8 s2": {"sm_80": OCCUPANCY},
-    "attention_dkdv 128 window documents fp32 16x16 w8 s1": {"sm_80": OCCUPANCY},
-    "attention_dkdv 64 window documents tf32 32x32 w8 s2": dict.fromkeys(("sm_90", "sm_100"), OCCUPANCY),
-    "attention_dkdv 64 all documents tf32 32x32 w8 s2": {"sm_100": OCCUPANCY},
-    "attention_dq 128 window documents fp32 16x16 w8 s1": {"sm_90": "4 words"},
-    "attention_dq 128 all documents tf32 16x16 w8 s1": {"sm_90": OCCUPANCY},
-    "attention_dq 64 all documents tf32 64x32 w8 s2": {"sm_90": "6 words, of everything at once"},
-    "attention_dq 64 causal dropout 64x64 w8 s2": {"sm_100": OCCUPANCY},
-    "attention_forward 96 window documents 128x32 w4 s2": {"sm_80": "2 words"},
-    "attention_forward 96 two-sided documents 128x32 w4 s2": {"sm_80": "2 words"},
-    "attention_dq 96 two-sided documents 64x32 w4 s2": {"sm_80": "4 words"},
-    "attention_dkdv 96 window documents 64x64 w8 s2": {"sm_90": "2 words"},
-    "attention_dkdv 96 two-sided documents 64x64 w8 s2": {"sm_90": "2 words"},
-    "attention_dkdv 96 two-sided documents 64x32 w8 s2": {"sm_100": "7 words; fewer keys would not fill a tensor core"},
-    "attention_dkdv 128 two-sided documents 128x32 w8 s2": {
-        "sm_90": "5 words; half the keys would read all rows twice"
-    },
-    "attention_dkdv 128 two-sided documents 64x32 w8 s2": {
-        "sm_100": "6 words; fewer keys would not fill a tensor core"
-    },
-    "attention_dkdv 96 window documents 64x32 w8 s2": {"sm_100": "6 words; fewer keys would not fill a tensor core"},
-    "attention_dkdv 128 window documents 64x32 w8 s2": {"sm_100": "6 words; fewer keys would not fill a tensor core"},
-    "attention_dkdv 64 all documents 64x32 w8 s2": {"sm_80": "5 words, of everything at once"},
-    "attention_dkdv 64 all two-sided 64x32 w8 s2": {"sm_80": "5 words, of everything at once"},
-    # 16 rows a turn still spill 6 words, and would halve the turns of all capped attention
-    "attention_dkdv 72 all documents 32x32 w8 s2": dict.fromkeys(
-        ("sm_90", "sm_100"), "13 words, of everything at once"
-    ),
-    "attention_dkdv 72 all two-sided 32x32 w8 s2": dict.fromkeys(
-        ("sm_90", "sm_100"), "20 words, of everything at once"
-    ),
-    "attention_dq 64 all two-sided 128x64 w8 s2": {"sm_100": "24 words, of everything at once; less of it spills none"},
-    "attention_dq 256 all two-sided 64x32 w8 s2": {
-        "sm_90": "35 words; half the rows would read all keys twice as often"
-    },
-    "attention_dq 64 all documents 128x64 w8 s2": {"sm_100": "22 words, of everything at once; less of it spills none"},
-    "attention_dq 256 all documents 64x32 w8 s2": {
-        "sm_90": "35 words; half the rows would read all keys twice as often"
-    },
-    "attention_dq 256 window 64x32 w8 s2": {"sm_90": "3 words; half the rows would read all keys twice as often"},
-}

@@ -1,8 +1,8 @@
 """Tile sizes of the Triton attention kernels, as plain lists by architecture, and the choice among them.
 
 The choice looks at shape, dtype and features alone and times nothing: the same call rounds the same way in every run.
-The lists hold what compiles without spilling registers, but for a few words (kernels/aot.py); none has been timed on a
-GPU yet.
+The lists hold what compiles without spilling registers, but for what attention_spills.py names (kernels/aot.py looks);
+none has been timed on a GPU yet.
 """
 
 from __future__ import annotations
