@@ -2,8 +2,9 @@
 
 An error counts as rounding when it is no larger than that of plain torch in the same dtype, with room:
 
-    largest error   <= 2 x (gradients: 3 x) torch's + one rounding step of the largest true value, at least 1e-5 of it
-    relative norm   <= 1.5 x torch's + a quarter of a step, at least 1e-5  (tensors of 64 elements or more)
+    largest error   <= 2 x (gradients, and what has no norm: 3 x) torch's + one rounding step of the largest true value,
+                       at least 1e-5 of it
+    relative norm   <= 2.4 x torch's + a quarter of a step, at least 1e-5  (tensors of 64 elements or more)
 
 The first is the rule of flash-attention's own tests (Dao 2023); the second finds small errors that are everywhere, such
 as a wrong factor of 1%, which the first would let pass in bf16. The 1e-5 are for fp32, where an order of summation
@@ -25,8 +26,8 @@ from kernels.bench.measure import Run, as_list
 
 ENOUGH_FOR_A_NORM = 64
 SMALLEST_STEP = 1e-5
-ROOM_FORWARD, ROOM_GRADIENT, ROOM_NORM = 2.0, 3.0, 1.5
-FACTOR_FOUND = 9e-3
+ROOM_FORWARD, ROOM_GRADIENT, ROOM_NORM = 2.0, 3.0, 2.4
+FACTOR_FOUND = 9.5e-3
 Numbers = dict[str, torch.Tensor]
 
 
@@ -66,9 +67,10 @@ def judge(name: str, found: torch.Tensor, peer: torch.Tensor, truth: torch.Tenso
     error, norm = errors(found, truth)
     torch_error, torch_norm = errors(peer, truth)
     largest = float(truth.abs().max()) if truth.numel() else 0.0
-    allowed = (ROOM_GRADIENT if name.startswith("gradient") else ROOM_FORWARD) * torch_error + step * largest
+    few = truth.numel() < ENOUGH_FOR_A_NORM
+    allowed = (ROOM_GRADIENT if few or name.startswith("gradient") else ROOM_FORWARD) * torch_error + step * largest
     allowed_norm = min(ROOM_NORM * torch_norm + max(step / 4, SMALLEST_STEP), FACTOR_FOUND)
-    if few := truth.numel() < ENOUGH_FOR_A_NORM:
+    if few:
         allowed = min(allowed, FACTOR_FOUND * largest)
     passed = error <= allowed and (few or norm <= allowed_norm)
     return {
