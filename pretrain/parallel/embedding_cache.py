@@ -43,26 +43,37 @@ class JointLoss:
     backend: str
     limit: float = math.inf
 
-    def __call__(self, outputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, Outcome]:
-        """The loss to backpropagate, and what to report; the same on all ranks that have embeddings."""
+    def __call__(self, outputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss to backpropagate, and what `outcome` reads; the same on all ranks that have embeddings.
+
+        Nothing here waits for a card, which would stand still until the first of backward reaches it.
+        """
         rows = {name: own_rows(value, self.ranks.same_rows_group) for name, value in outputs.items()}
         total = torch.zeros((), device=self.ranks.device)
-        losses: dict[str, float] = {}
+        losses: list[torch.Tensor] = []
         for objective in self.objectives:
             loss = OBJECTIVES[objective.name](rows, objective, self.ranks.all_rows_group, self.backend)
-            losses[objective.name] = float(loss.detach())
+            losses.append(loss.detach())
             total = total + objective.weight * loss
-        outcome = Outcome(float(total.detach()), losses, float(outputs["logit_scale"].detach()))
-        if outcome.loss > self.limit:
-            total = total * math.nan  # gradients that are not finite change nothing, on any rank
-        return total, outcome
+        told = torch.stack([each.double() for each in (total.detach(), outputs["logit_scale"].detach(), *losses)])
+        return nan_above(total, total.detach(), self.limit), told
+
+    def outcome(self, told: torch.Tensor) -> Outcome:
+        """What to report, when the step is done: `told` is fp64 [2 + objectives], the total and the scale first."""
+        total, scale, *losses = told.tolist()
+        return Outcome(total, dict(zip((each.name for each in self.objectives), losses, strict=True)), scale)
+
+
+def nan_above(loss: torch.Tensor, value: torch.Tensor, limit: float) -> torch.Tensor:
+    """The loss, or NaN where `value` is above the limit: gradients that are not finite change nothing, on any rank."""
+    return loss * torch.where(value > limit, math.nan, 1.0).to(loss.dtype) if math.isfinite(limit) else loss
 
 
 def step_at_once(updater: Updater, batch: Batch, loss_of: JointLoss) -> Outcome:
     """One microbatch: an ordinary step."""
-    loss, outcome = loss_of(updater.forward(batch.image, batch.text))
+    loss, told = loss_of(updater.forward(batch.image, batch.text))
     updater.backward(loss)
-    return outcome
+    return loss_of.outcome(told)
 
 
 def step_with_cache(updater: Updater, parts: Sequence[Batch], loss_of: JointLoss) -> Outcome:
@@ -74,7 +85,7 @@ def step_with_cache(updater: Updater, parts: Sequence[Batch], loss_of: JointLoss
         name: (torch.cat([each[name] for each in passes]) if value.ndim else value).requires_grad_()
         for name, value in passes[0].items()
     }
-    loss, outcome = loss_of(cached)
+    loss, told = loss_of(cached)
     loss.backward()
     shares = {
         name: gradient.split([len(part) for part in parts]) if gradient.ndim else [gradient / len(parts)] * len(parts)
@@ -83,7 +94,7 @@ def step_with_cache(updater: Updater, parts: Sequence[Batch], loss_of: JointLoss
     for number, part in enumerate(parts):
         again = updater.forward(part.image, part.text)
         updater.backward(torch.stack([(again[name] * share[number]).sum() for name, share in shares.items()]).sum())
-    return outcome
+    return loss_of.outcome(told)
 
 
 def step_in_stages(
@@ -105,16 +116,13 @@ def step_in_stages(
     with updater.gathering():
         if ranks.is_last_stage:
             cached = {name: torch.cat(each).requires_grad_() for name, each in embedded.items()}
-            loss, outcome = loss_of({**cached, **model.logits_settings()})
+            loss, told = loss_of({**cached, **model.logits_settings()})
             loss.backward()
             sizes = [len(part) for part in parts]
             shares = {name: gradient.split(sizes) for name, gradient in _gradients(cached).items()}
-            told = torch.tensor([outcome.loss, outcome.logit_scale, *outcome.losses.values()]).to(told)
         for name, tower in towers.items():
             pipeline.backpropagate(*tower, partial(_inner_product, shares.get(name, ())))
-    total, scale, *losses = ranks.from_last_stage(told).tolist()
-    names = [objective.name for objective in loss_of.objectives]
-    return Outcome(total, dict(zip(names, losses, strict=True)), scale)
+    return loss_of.outcome(ranks.from_last_stage(told))
 
 
 def _inner_product(shares: Sequence[torch.Tensor], number: int, embedding: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from data_pipeline import Batch
 from pretrain.models.captioner import Captioner
 from pretrain.models.towers import end_marks
 from pretrain.objectives import OBJECTIVES
-from pretrain.parallel.embedding_cache import Outcome
+from pretrain.parallel.embedding_cache import Outcome, nan_above
 from pretrain.parallel.groups import Ranks
 from pretrain.parallel.pipeline import Pipeline
 from pretrain.parallel.updater import Updater
@@ -33,6 +33,8 @@ class TokenLoss:
     def __init__(self, objectives: Sequence[Objective], ranks: Ranks, backend: str) -> None:
         self.objectives, self.ranks, self.backend = objectives, ranks, backend
         self.limit = math.inf
+        weights = [each.weight for each in objectives]
+        self._weights = torch.tensor(weights, dtype=torch.float64, device=ranks.device)  # to bring them there waits
 
     def begin(self, parts: Sequence[Batch]) -> None:
         """Count the step's tokens over all ranks."""
@@ -51,8 +53,8 @@ class TokenLoss:
         self._sums += losses.detach()
         self._microbatches_left -= 1
         total = self._weighted(losses)
-        if self._microbatches_left == 0 and math.isfinite(self.limit) and self._weighted(self._means()) > self.limit:
-            total = total * math.nan  # gradients that are not finite change nothing, on any rank
+        if self._microbatches_left == 0 and math.isfinite(self.limit):
+            total = nan_above(total, self._weighted(self._means()), self.limit)
         return total
 
     def outcome(self) -> Outcome:
@@ -68,7 +70,7 @@ class TokenLoss:
         return losses / self.ranks.zero_size
 
     def _weighted(self, losses: torch.Tensor) -> torch.Tensor:
-        return (losses * losses.new_tensor([each.weight for each in self.objectives])).sum()
+        return (losses * self._weights.to(losses.dtype)).sum()
 
 
 def step_tokens(updater: Updater, parts: Sequence[Batch], loss_of: TokenLoss) -> Outcome:
