@@ -4,13 +4,15 @@ A job is named "part/operation/case", and what is not a row of one operation by 
 
 Design choices:
 - By value, so that a run that is cut off has what matters: the first and most telling row of every operation, behind
-  its checks in the dtype of the table; then the training step; then the second row of every operation, and so on. What
+  a third of its checks in the dtype of the table, those of the table's sizes first; then the training step; then the
+  second row of every operation with the next third, and so on; checks in other dtypes behind the third row. What
   torch.compile makes comes after all that starts at once, and what could hang the device (Gluon) after that.
 - The training step keeps its time: no job before it is begun that could take it away.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -31,6 +33,7 @@ CEILINGS, CHECK, TABLE, RANKS, STEP = "ceilings", "check", "table", "ranks", "st
 COMPILED_TABLE, GLUON, SANITIZER = "compiled", "gluon", "sanitizer"
 NAMES = (*OPERATIONS, STEP, GLUON, SANITIZER)  # what can be asked for
 
+CHECK_TURNS = 3
 WHOLE = 480.0  # seconds of a run that has time for all; these parts take at most, on a GPU:
 MOST = {CEILINGS: 10.0, CHECK: 8.0, TABLE: 35.0, RANKS: 60.0, STEP: 120.0}
 SANITIZER_SECONDS = 100.0
@@ -89,13 +92,14 @@ def jobs_of(device: torch.device, quick: bool, only: list[str]) -> list[str]:
     cases = {name: module.cases(device, quick) for name, module in modules.items()}
     checks = {name: module.checks(device) for name, module in modules.items()}
     dtype = torch.bfloat16 if gpu else torch.float32  # of the table
-    jobs, others, compiled = [CEILINGS], list[str](), list[str]()
+    jobs, compiled = [CEILINGS], list[str]()
+    others = [f"{CHECK}/{name}/{each.key}" for name in modules for each in checks[name] if each.dtype != dtype]
+    # the sizes of the table are the last that a module lists
+    telling = {name: [each.key for each in reversed(checks[name]) if each.dtype == dtype] for name in modules}
     for turn in range(max(map(len, cases.values()), default=0)):
         for name in modules:
-            if turn == 0:
-                keys = {check.key: check.dtype == dtype for check in checks[name]}
-                jobs += [f"{CHECK}/{name}/{key}" for key, first in keys.items() if first]
-                others += [f"{CHECK}/{name}/{key}" for key, first in keys.items() if not first]
+            share = math.ceil(len(telling[name]) / CHECK_TURNS)
+            jobs += [f"{CHECK}/{name}/{key}" for key in telling[name][turn * share : (turn + 1) * share]]
             if turn < len(cases[name]):
                 case = cases[name][turn]
                 jobs.append(f"{TABLE}/{name}/{case.key}")
@@ -103,10 +107,11 @@ def jobs_of(device: torch.device, quick: bool, only: list[str]) -> list[str]:
         if turn == 0:
             jobs += [STEP] * wanted(STEP)
             jobs += [RANKS] * (torch.cuda.device_count() > 1 and "contrastive" in modules)
-        if turn == 2:
+        if turn == CHECK_TURNS - 1:
             jobs += others
             others = []
-    jobs += others + compiled
+    unchecked = {f"{CHECK}/{name}/{key}" for name in modules for key in telling[name]} - set(jobs)
+    jobs += [*sorted(unchecked), *others, *compiled]
     jobs += [STEP] * (STEP in only and STEP not in jobs)
     if gpu:
         jobs += [name for name in (GLUON, SANITIZER) if wanted(name)]

@@ -56,6 +56,10 @@ def test_jobs_are_in_the_order_of_their_value(device: torch.device) -> None:
     dtype = "bf16" if device == CUDA else "fp32"
     before = [job for job in found[: found.index(STEP)] if job.startswith(f"{CHECK}/")]
     assert all(job.endswith(dtype) for job in before)
+    if device == CUDA:  # the sizes of the table are checked first
+        assert {"check/attention/attention: long, head of 64, bf16", "check/norm/rms_norm: 3001 x 1152, bf16"} < {
+            *before
+        }
     assert {job for job in found if job.startswith(f"{CHECK}/")} == {
         f"{CHECK}/{name}/{check.key}" for name, module in OPERATIONS.items() for check in module.checks(device)
     }
