@@ -31,6 +31,7 @@ CLIP_B = (  # a model of the size of OpenAI's ViT-B/16
     *("model.text.heads=8", "model.text.mlp_ratio=4", "model.text.context=77"),
     *("train.global_batch=256", "train.precision=bf16", "run.device=cuda"),
 )
+ONE_CARD = ("train.global_batch=128", "run.device=cuda")
 SCENES = ("data.train={out}/scenes/train", "data.test={out}/scenes/test")
 
 
@@ -54,7 +55,7 @@ def _suite(name: str, seconds: float, *words: str) -> Part:
 WEFT = "pretrain.cli"
 PARTS = (
     _suite("losses", 150, "--only", "contrastive,linear_cross_entropy"),
-    _suite("attention", 190, "--only", "attention", "--quick"),
+    _suite("attention", 175, "--only", "attention"),
     _suite("step", 130, "--only", "step"),
     Part("scenes", 20, (WEFT, "data", "synth", "{out}/scenes", "--train", "2048", "--test", "64", "--no-sound")),
     Part(
@@ -62,7 +63,7 @@ PARTS = (
         75,
         (WEFT, "train", "quickstart", "run.dir={out}/train", *SCENES, *CLIP_B, "train.steps=40", "train.warmup=5"),
     ),
-    Part("plain", 90, (WEFT, "bench", "step", "run.dir={out}/plain", *SCENES, *CLIP_B)),
+    Part("plain", 105, (WEFT, "bench", "step", "--recipe", "vit_l_14", "--no-compile", *ONE_CARD)),
     _suite("gluon", 60, "--only", "gluon"),
     _suite("sanitizer", 90, "--only", "sanitizer"),
 )

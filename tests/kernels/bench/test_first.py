@@ -106,8 +106,8 @@ def test_the_parts() -> None:
 
 def test_the_trainer_gets_a_recipe_that_it_accepts() -> None:
     words = {each.name: [word for word in each.command(Path("there"), 75)[3:] if "=" in word] for each in first.PARTS}
-    for name in ("train", "plain"):
-        assert load_recipe("quickstart", [*words[name], "run.device=cpu"]).train.precision == "bf16"
+    for name, recipe in (("train", "quickstart"), ("plain", "vit_l_14")):
+        assert load_recipe(recipe, [*words[name], "run.device=cpu"]).train.precision == "bf16"
 
 
 def test_the_commands_of_the_readme_are_those_of_the_parts() -> None:
