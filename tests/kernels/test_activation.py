@@ -80,7 +80,11 @@ def test_what_does_not_fit_is_refused() -> None:
 
 def test_a_gpu_takes_triton_once_the_trial_has_passed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "has_triton", lambda: True)
-    monkeypatch.setattr(dispatch, "_trials", {("bias_gelu", "cuda:0"): "", ("swiglu", "cuda:0"): "its trial failed"})
+    monkeypatch.setattr(
+        dispatch,
+        "_trials",
+        {("bias_gelu in torch.float32", "cuda:0"): "", ("swiglu in torch.float32", "cuda:0"): "its trial failed"},
+    )
     with FakeTensorMode():
         x, bias = torch.empty(3, 8, device="cuda"), torch.empty(8, device="cuda")
         assert dispatch.why(bias_gelu, x, bias, approximate="tanh") == "bias_gelu: triton, the preferred one"

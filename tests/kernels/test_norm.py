@@ -159,18 +159,18 @@ def test_cpu_takes_torch_and_says_so() -> None:
 
 def test_a_gpu_takes_triton_for_a_residual_once_the_trial_has_passed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "has_triton", lambda: True)
-    monkeypatch.setattr(dispatch, "_trials", {("norm", "cuda:0"): ""})
+    monkeypatch.setattr(dispatch, "_trials", {("norm in torch.float32", "cuda:0"): ""})
     with FakeTensorMode():
         x, weight, bias = on_gpu(3, 8)
         assert dispatch.why(layer_norm, x, weight, bias, residual=x) == "layer_norm: triton, the preferred one"
         assert dispatch.why(rms_norm, x, weight, residual=x) == "rms_norm: triton, the preferred one"
         assert dispatch.why(layer_norm, x, weight, bias) == "layer_norm: torch, the preferred one"
-        dispatch._trials[("norm", "cuda:0")] = "its trial failed"
+        dispatch._trials[("norm in torch.float32", "cuda:0")] = "its trial failed"
         assert "torch, the first that can (triton: its trial failed)" in dispatch.why(rms_norm, x, weight, residual=x)
         half, other = torch.bfloat16, torch.float16
         for of_weight, of_bias, taken in ((torch.float32,) * 2 + (True,), (half, half, True), (half, other, False)):
             gpu = [each.to(dtype) for each, dtype in ((x, half), (weight, of_weight), (bias, of_bias))]
-            dispatch._trials[("norm", "cuda:0")] = ""
+            dispatch._trials[("norm in torch.bfloat16", "cuda:0")] = ""
             told = dispatch.why(layer_norm, *gpu, residual=gpu[0])
             assert ("layer_norm: triton" in told) == taken == ("need one dtype for all, or float32" not in told)
         x, weight, _ = on_gpu(2, WIDEST + 1)

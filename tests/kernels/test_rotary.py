@@ -115,11 +115,11 @@ def test_what_does_not_fit_is_refused() -> None:
 
 def test_a_gpu_takes_triton_once_the_trial_has_passed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "has_triton", lambda: True)
-    monkeypatch.setattr(dispatch, "_trials", {("rotary", "cuda:0"): ""})
+    monkeypatch.setattr(dispatch, "_trials", {("rotary in torch.float32", "cuda:0"): ""})
     with FakeTensorMode():
         x, table = torch.empty(2, 3, 5, 8, device="cuda"), torch.empty(5, 4, device="cuda")
         assert dispatch.why(rotary, x, table, table) == "rotary: triton, the preferred one"
-        dispatch._trials[("rotary", "cuda:0")] = "its trial failed"
+        dispatch._trials[("rotary in torch.float32", "cuda:0")] = "its trial failed"
         assert "torch, the first that can" in dispatch.why(rotary, x, table, table, interleaved=True)
         wants = torch.empty(5, 4, device="cuda", requires_grad=True)
         assert "the angles require a gradient" in dispatch.why(rotary, x, wants, table)
