@@ -37,7 +37,7 @@ from kernels.bench.jobs import (
 from kernels.bench.measure import Clock, ceilings
 from kernels.bench.peers import present
 from kernels.bench.process import die_with
-from kernels.bench.rows import ERROR, Bench, DeviceLostError, Row, case_rows, check_rows, failure
+from kernels.bench.rows import ERROR, Bench, DeviceLostError, Row, case_rows, check_rows, failure, raise_if_lost
 
 Say = Callable[[dict[str, Any]], None]
 Rows = Iterator[tuple[str, Row]]  # each with the section that it belongs to
@@ -57,15 +57,24 @@ def work(order: Order, say: Say) -> None:
         say({"say": "begin", "job": job})
         bench.started = partial(_tell_started, say, job)
         try:
-            for section, row in do(job, bench, order, say):
+            for section, row in _do(job, bench, order, say):
                 say({"say": "row", "job": job, "section": section, "row": row})
         except DeviceLostError as error:
             say({"say": "lost", "job": job, "why": f"the device was lost: {error}"})
             return
-        except Exception as error:
-            say({"say": "row", "job": job, "section": "failures", "row": {"job": job, **failure(error)}})
         say({"say": "end", "job": job})
         _start_afresh(device)
+
+
+def _do(job: str, bench: Bench, order: Order, say: Say) -> Rows:
+    """The rows of a job, the last of which may be an exception that no implementation is to blame for."""
+    try:
+        yield from do(job, bench, order, say)
+    except DeviceLostError:
+        raise
+    except Exception as error:
+        raise_if_lost(bench.device, error)  # else every later job would fail as well
+        yield "failures", {"job": job, **failure(error)}
 
 
 def do(job: str, bench: Bench, order: Order, say: Say) -> Rows:

@@ -4,6 +4,7 @@ and a clock that every job moves on by the time that it takes on a card (as esti
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from kernels.bench.jobs import (
     Order,
     jobs_of,
 )
+from kernels.bench.rows import DeviceLostError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TENTHS = range(1, 11)
@@ -206,3 +208,24 @@ def test_a_cut_within_a_job_keeps_its_rows(simulated: SimpleNamespace, tmp_path:
 def test_a_short_run_of_one_part_measures_it(simulated: SimpleNamespace, tmp_path: Path, name: str) -> None:
     results = run_until(simulated, tmp_path, float("inf"), only=[name], minutes=2.0)
     assert results["step"] if name == STEP else results["rows"]
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_job_that_raises_on_a_lost_device_is_the_last_of_its_process(
+    monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    """Where no implementation runs: on drawing the inputs, say. Each later job would fail as well."""
+
+    def do(*_: Any) -> Any:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    def raise_if_lost(device: torch.device, error: Exception) -> None:
+        if lost:
+            raise DeviceLostError(str(error))
+
+    monkeypatch.setattr(worker, "do", do)
+    monkeypatch.setattr(worker, "Clock", lambda device: SimpleNamespace(device=device))
+    monkeypatch.setattr(worker, "raise_if_lost", raise_if_lost, raising=False)
+    said: list[str] = []
+    worker.work(Order(["table/norm/a", "table/norm/b"], began=time.time()), lambda message: said.append(message["say"]))
+    assert said == (["begin", "lost"] if lost else ["begin", "row", "end"] * 2)
