@@ -207,7 +207,7 @@ def _pair(size: Size, compile_blocks: bool, bench: Bench) -> Generator[Row, None
     steps: dict[str, Action] = {}
     started: dict[str, Row] = {}
     for name, operations in OPERATIONS.items():
-        told = f"{name}, blocks compiled" if compile_blocks else name
+        told = name + (", blocks compiled" if compile_blocks else ", twice the batch" * (size.batch > VIT_L.batch))
         row: Row = {"operation": "train step", "case": size.name, "batch": size.batch, "implementation": told}
         if why := bench.skipped("train step", "", told):
             yield {**row, "status": ERROR, "message": why}

@@ -169,6 +169,20 @@ def test_a_short_step_is_tried_with_twice_the_batch(
     assert [compile_blocks for _, compile_blocks in tried] == [*[False] * (len(tried) - 1), True]
 
 
+def test_a_step_of_twice_the_batch_has_a_name_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else one that ends its process there is out at the usual batch too, and takes that row along."""
+    monkeypatch.setattr(step, "VIT_L", replace(step.SMALL, batch=2))
+    skip = {"train step": {" kernels, twice the batch": "it ended the process of step"}}
+    bench = Bench(Clock(CPU), quick=True, skip=skip)
+    rows = [row for batch in (2, 4) for row in step._pair(replace(step.SMALL, batch=batch), False, bench)]
+    assert {row["implementation"]: row["status"] for row in rows} == {
+        "torch": "ok",
+        "kernels": "ok",
+        "torch, twice the batch": "ok",
+        "kernels, twice the batch": "error",
+    }
+
+
 def test_flops_of_vit_l() -> None:
     """4.4 and 1.5 GFLOP a layer and tower: 162 GFLOP an image, as published (81 G multiply-adds), and 13 a caption."""
     assert step.VIT_L.image.flops == pytest.approx(162e9, rel=0.03)
