@@ -30,6 +30,7 @@ class Worker:
     def __init__(self, command: Sequence[str], log: Path) -> None:
         path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
+        self._log = log
         with log.open("a") as errors:
             self._process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=errors, env=environment, start_new_session=True
@@ -63,7 +64,11 @@ class Worker:
                 return
             *lines, self._unread = (self._unread + piece).split(b"\n")
             for line in lines:
-                yield json.loads(line)
+                if message := _message(line):
+                    yield message
+                else:
+                    with self._log.open("ab") as errors:
+                        errors.write(line + b"\n")
             heard = time.time()
 
     def stop(self) -> int | None:
@@ -74,6 +79,15 @@ class Worker:
             return self._process.wait(timeout=SECONDS_TO_DIE)
         except subprocess.TimeoutExpired:
             return None
+
+
+def _message(line: bytes) -> dict[str, Any] | None:
+    """None for what a library has printed, which belongs into the log."""
+    try:
+        message = json.loads(line)
+    except ValueError:
+        return None
+    return message if isinstance(message, dict) and "say" in message else None
 
 
 def die_with(parent: int) -> None:

@@ -32,6 +32,7 @@ def do(job, bench, order, say):
 worker.do = do
 worker.main(json.loads(sys.argv[1]), int(sys.argv[2]))
 """
+SAID = """'{"say": "it"}'"""
 SUITE = """
 import sys
 from kernels.bench import suite
@@ -100,22 +101,29 @@ def test_a_process_that_does_not_die_is_left(monkeypatch: pytest.MonkeyPatch, tm
 
 def test_patience_is_that_of_the_last_message(tmp_path: Path) -> None:
     """Long before the first run of an implementation, short after it."""
-    script = "import time; print(1, flush=True); print(2, flush=True); time.sleep(600)"
+    script = "import time; print(SAID, flush=True); print(SAID, flush=True); time.sleep(600)".replace("SAID", SAID)
     worker = Worker([sys.executable, "-c", script], tmp_path / "log")
     messages = worker.messages(300.0, time.time() + 600)
-    assert next(messages) == 1  # type: ignore[comparison-overlap]
-    assert next(messages) == 2  # type: ignore[comparison-overlap]
+    assert [next(messages), next(messages)] == [{"say": "it"}] * 2
     worker.patience = 0.1
     with pytest.raises(TimeoutError, match="no answer for 0 s"):
         next(messages)
     assert worker.stop() == -signal.SIGKILL
 
 
+def test_what_a_library_prints_is_no_message(tmp_path: Path) -> None:
+    lines = ["a banner", "12", "[]", "null", '{"no": "say"}', '{"say": "it"}', "\\xff", '{"say": "cut o']
+    worker = Worker(["printf", "\\n".join(lines)], tmp_path / "log")
+    assert list(worker.messages(600.0, time.time() + 1200)) == [{"say": "it"}]
+    assert worker.stop() == 0
+    assert (tmp_path / "log").read_bytes().split(b"\n")[:5] == [each.encode() for each in lines[:5]]
+
+
 def test_a_death_is_seen_though_a_child_holds_the_pipe(tmp_path: Path) -> None:
     """As after a fork without exec (pytorch#189290): the end of the pipe never comes."""
-    script = "import os, time; print(1, flush=True); os.fork() or time.sleep(600)"
+    script = "import os, time; print(SAID, flush=True); os.fork() or time.sleep(600)".replace("SAID", SAID)
     worker = Worker([sys.executable, "-c", script], tmp_path / "log")
-    assert list(worker.messages(600.0, time.time() + 1200)) == [1]
+    assert list(worker.messages(600.0, time.time() + 1200)) == [{"say": "it"}]
     assert worker.stop() == 0
 
 
