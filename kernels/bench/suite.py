@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import datetime
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -32,7 +33,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -54,42 +55,74 @@ SOFTWARE = ("card", "cards", "torch", "triton", "cuda", "python")  # results wit
 
 
 class Record:
-    """The results so far, in a file that is whole at any moment."""
+    """The results so far, in a file that is whole at any moment.
+
+    kept: where a file of this name has gone that cannot be added to, or None.
+    """
 
     def __init__(self, path: Path, machine: dict[str, Any]) -> None:
         self.path = path
+        self.kept: Path | None = None
         self.results: dict[str, Any] = {"machine": machine, **{name: [] for name in SECTIONS}}
         self._began = time.monotonic()
         self._seconds_before = 0.0
+        self._begun: set[str] = set()
+        self._killed: list[dict[str, Any]] = []  # rows of this run that tell what ended a process
+        self._older: list[dict[str, Any]] = []  # of the job that is done now, from an earlier try
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            self._go_on(json.loads(path.read_text()))
+        if path.exists() and not self._go_on():
+            names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+            self.kept = path.rename(next(each for each in names if not each.exists()))
         self.save()
 
-    def _go_on(self, before: dict[str, Any]) -> None:
-        """Add to what a run of the same day has left, unless another machine or library has."""
+    def _go_on(self) -> bool:
+        """Add to what a run of the same day has left; False where another machine or library has, or no run."""
         machine = self.results["machine"]
-        if any(before["machine"][name] != machine[name] for name in SOFTWARE):
-            return
-        commands = before["machine"]["command"].split("; ")
-        commands += [machine["command"]] if machine["command"] not in commands else []
-        quick = before["machine"]["quick"] and machine["quick"]
-        self.results = before | {"machine": {**before["machine"], "command": "; ".join(commands), "quick": quick}}
-        self._seconds_before = before["seconds"]
+        try:
+            before = json.loads(self.path.read_text())
+            if any(before["machine"][name] != machine[name] for name in SOFTWARE):
+                return False
+            commands = before["machine"]["command"].split("; ")
+            commands += [machine["command"]] if machine["command"] not in commands else []
+            quick = before["machine"]["quick"] and machine["quick"]
+            verdicts(before["rows"])
+            self._seconds_before = float(before["seconds"])
+        except (ValueError, KeyError, TypeError, AttributeError):  # cut off, or somebody else's
+            return False
+        self.results |= before | {"machine": {**before["machine"], "command": "; ".join(commands), "quick": quick}}
+        return True
+
+    def begin(self, job: str) -> None:
+        """From here on rows of an earlier try of a job give way to their like; those that tell of a death stay."""
+        self._begun.add(job)
+        self.results["not_run"] = [row for row in self.results["not_run"] if row["job"] != job]
+        rows = (row for name in SECTIONS for row in self.results[name] if row.get("job") == job)
+        self._older = [row for row in rows if not _among(row, self._killed)]
 
     def add(self, section: str, row: dict[str, Any]) -> None:
-        names = [row.get(each) for each in ROW_NAMES]
-        told = (each for each in self.results[section] if each.get("killed"))
-        if any(names == [each.get(name) for name in ROW_NAMES] for each in told):
+        if any(_named_alike(row, each) for each in self._killed):
             return  # the row that tells what it did says more than one of the same job without it
-        self.results[section].append(row)
+        if row.get("killed"):
+            self._killed.append(row)
+        stale = [each for each in self._older if _named_alike(row, each)]
+        self.results[section] = [*(each for each in self.results[section] if not _among(each, stale)), row]
         self.save()
 
-    def forget(self, job: str, keep_killed: bool = False) -> None:
-        """Drop the rows of a job that is done again; within one run, not those that tell what ended a process."""
-        for name in SECTIONS:
-            rows = self.results[name]
-            self.results[name] = [row for row in rows if row.get("job") != job or (keep_killed and row.get("killed"))]
+    def end(self) -> None:
+        """The job is done: what it has not measured this time is no row of it any more."""
+        for name in SECTIONS if self._older else ():
+            self.results[name] = [row for row in self.results[name] if not _among(row, self._older)]
+        self._older = []
+
+    def not_run(self, jobs: Iterable[str], why: str) -> None:
+        """List jobs as not run, or not to their end; but none that an earlier run has done."""
+        done = {
+            row.get("job") for name in SECTIONS if name not in ("failures", "not_run") for row in self.results[name]
+        }
+        left = [job for job in jobs if job in self._begun or job not in done]
+        rows = [row for row in self.results["not_run"] if row["job"] not in left]
+        self.results["not_run"] = rows + [{"job": job, "why": why} for job in left]
+        self.save()
 
     def save(self) -> None:
         self.results["verdicts"] = verdicts(self.results["rows"])
@@ -97,6 +130,14 @@ class Record:
         draft = self.path.with_suffix(".part")
         draft.write_text(json.dumps(self.results, indent=1) + "\n")
         draft.replace(self.path)
+
+
+def _among(row: dict[str, Any], rows: Iterable[dict[str, Any]]) -> bool:
+    return any(row is each for each in rows)
+
+
+def _named_alike(row: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(row.get(name) == other.get(name) for name in ROW_NAMES)
 
 
 def _print(line: str) -> None:
@@ -113,53 +154,55 @@ def run(
 ) -> Path:
     """Measure, show rows as they come, and return the file of results.
 
-    Raises ValueError for an unknown name in `only`, and KeyboardInterrupt where a signal ended it; the file is whole.
+    Raises ValueError for an unknown name in `only` and for minutes that are none, and KeyboardInterrupt where a signal
+    ended it; the file is whole.
     """
+    if not minutes > 0:
+        raise ValueError(f"--minutes {minutes:g}: must be above 0")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     jobs = jobs_of(device, quick, only or [])
     machine = describe(device, quick)
     chosen = [*(["--only", ",".join(only)] if only else []), *(["--quick"] if quick else [])]
     machine["command"] = shlex.join(["python", "-m", "kernels.bench.suite", "--out", "DIR", *chosen])
     record = Record(out / f"{machine['name']}-{machine['date'][:10]}.json", machine)
-    for job in jobs:
-        record.forget(job)
+    if record.kept:
+        show(f"{record.kept} is kept: what was in {record.path.name} is of another machine or library, or no results")
     order = Order(jobs, quick, device.type, began=time.time(), seconds=60 * minutes)
     show(f"{machine['card']}, torch {machine['torch']}; results in {record.path}")
-    try:
-        with _signals_interrupt():
+    with _handled(interrupt, signal.SIGTERM, signal.SIGHUP):  # whoever ends a job at its limit sends one of them
+        try:
             while order.jobs:
                 order.jobs = _one_worker(order, record, silence, show)
-    except OutOfTimeError:
-        show("the time is over")
-        _not_run(order, record, "the time was over")
-    except KeyboardInterrupt:
-        _not_run(order, record, "interrupted")
-        raise
+        except OutOfTimeError:
+            show("the time is over")
+            record.not_run(order.jobs, "the time was over")
+        except KeyboardInterrupt:
+            with _handled(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a second one is in haste
+                record.not_run(order.jobs, "interrupted")
+            raise
     record.save()
     return record.path
 
 
-def _not_run(order: Order, record: Record, why: str) -> None:
-    for job in order.jobs:
-        record.add("not_run", {"job": job, "why": why})
+def interrupt(number: int, frame: Any) -> None:
+    """A handler that does what Ctrl-C does."""
+    raise KeyboardInterrupt(signal.Signals(number).name)
 
 
 @contextlib.contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """TERM and HUP do what Ctrl-C does: whoever ends a job at its limit sends one of them."""
+def _handled(handler: Any, *signals: signal.Signals) -> Iterator[None]:
+    """Handle signals so within; but one that is ignored, as nohup does with HUP, stays so."""
+    before = {each: signal.getsignal(each) for each in signals}
     if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt(signal.Signals(number).name)
-
-    before = {each: signal.signal(each, interrupt) for each in (signal.SIGTERM, signal.SIGHUP)}
+        before = {}
+    before = {each: usual for each, usual in before.items() if usual not in (signal.SIG_IGN, None)}
     try:
+        for each in before:
+            signal.signal(each, handler)
         yield
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        for each, usual in before.items():
+            signal.signal(each, usual)
 
 
 def _one_worker(order: Order, record: Record, silence: float, show: Callable[[str], None]) -> list[str]:
@@ -178,6 +221,7 @@ def _one_worker(order: Order, record: Record, silence: float, show: Callable[[st
             worker.patience = silence
             if say == "begin":
                 current, started = message["job"], {}
+                record.begin(current)
             elif say == "started":
                 started = message
                 if order.device == "cuda" and not message["first"]:
@@ -192,12 +236,13 @@ def _one_worker(order: Order, record: Record, silence: float, show: Callable[[st
                 show(line_of(message["section"], message["row"]))
             elif say == "not run":
                 left.remove(message["job"])
-                record.add("not_run", {"job": message["job"], "why": message["why"]})
+                record.not_run([message["job"]], message["why"])
             elif say == "lost":
                 why = message["why"]
             elif say == "end":
                 left.remove(message["job"])
                 current = ""
+                record.end()
     except TimeoutError as error:
         why = str(error)
     finally:
@@ -218,7 +263,6 @@ def _blame(order: Order, record: Record, job: str, started: dict[str, Any], why:
     if not started:
         record.add("failures", {"job": job, "status": ERROR, "message": why})
         return f"{job}: {why}"
-    record.forget(job, keep_killed=True)
     row = {**started["row"], "status": ERROR, "message": why, "job": job, "killed": True}
     group = row.get("group", OURS if started["section"] == "checks" else "")
     once = order.skip.setdefault(row["operation"], {})
@@ -290,6 +334,9 @@ def main() -> int:
     except KeyboardInterrupt:
         print("interrupted: the results so far are kept", file=sys.stderr)
         return 130
+    except OSError as error:
+        print(f"the results cannot be written: {error}", file=sys.stderr)
+        return 1
     results = json.loads(path.read_text())
     print("\n" + markdown(results))
     print(picture(path))

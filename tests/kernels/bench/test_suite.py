@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from kernels.bench import process, suite
 from pretrain.cli import main
@@ -90,6 +94,120 @@ def test_a_run_that_is_cut_off_leaves_what_it_has(monkeypatch: pytest.MonkeyPatc
     results = json.loads(next((told / "out").glob("*.json")).read_text())
     assert [row["implementation"] for row in results["rows"]] == ["first", "third"]
     assert {row["job"]: row["why"] for row in results["not_run"]} == dict.fromkeys(JOBS[1:], "interrupted")
+
+
+def interrupt_at(text: str) -> Callable[[str], None]:
+    def show(line: str) -> None:
+        if text in line:
+            raise KeyboardInterrupt
+
+    return show
+
+
+def named(path: Path, section: str = "rows") -> list[tuple[str, str]]:
+    return sorted((row["job"], row.get("implementation", "")) for row in json.loads(path.read_text())[section])
+
+
+def test_what_is_not_measured_again_is_kept(monkeypatch: pytest.MonkeyPatch, told: Path) -> None:
+    """A second run that is cut off at once, or has no time, takes nothing from the first."""
+    use_worker(monkeypatch, told, "pass")
+    path = suite.run(told / "out", show=lambda line: None)
+    before = named(path)
+    with pytest.raises(KeyboardInterrupt):
+        suite.run(told / "out", show=interrupt_at(" first "))
+    assert named(path) == before
+    assert named(path, "not_run") == [("table/norm/a", "")]  # which it was in
+    (told / "worker.py").write_text((told / "worker.py").read_text().replace('row("', 'row("new '))
+    suite.run(told / "out", show=lambda line: None)
+    assert named(path) == sorted((job, f"new {name}") for job in JOBS[1:] for name in ("first", "third"))
+    assert named(path, "not_run") == []
+
+
+def test_a_second_try_keeps_the_rows_of_the_first(monkeypatch: pytest.MonkeyPatch, told: Path) -> None:
+    use_worker(monkeypatch, told, "os._exit(3)")
+    with pytest.raises(KeyboardInterrupt):
+        suite.run(told / "out", show=interrupt_at("died (exit code 3)"))
+    (path,) = (told / "out").glob("*.json")
+    assert named(path) == [("table/norm/a", "first"), ("table/norm/a", "second")]
+
+
+@pytest.mark.parametrize("before", ['{"machine": {"ca', "[1]", '{"machine": {}}', "", "another"])
+def test_a_file_that_cannot_be_added_to_is_kept(monkeypatch: pytest.MonkeyPatch, told: Path, before: str) -> None:
+    use_worker(monkeypatch, told, "pass")
+    path = suite.run(told / "out", show=lambda line: None)
+    if before == "another":
+        before = path.read_text().replace(f'"torch": "{torch.__version__}"', '"torch": "another"')
+        assert '"torch": "another"' in before
+    lines: list[str] = []
+    for number in (1, 2):
+        path.write_text(before)
+        assert suite.run(told / "out", show=lines.append) == path
+        kept = path.with_name(f"{path.name}.{number}")
+        assert kept.read_text() == before
+        assert any(f"{kept} is kept" in line for line in lines)
+        assert len(named(path)) == 6
+
+
+def test_results_of_before_a_section_was_are_added_to(monkeypatch: pytest.MonkeyPatch, told: Path) -> None:
+    use_worker(monkeypatch, told, "pass")
+    path = suite.run(told / "out", show=lambda line: None)
+    older = json.loads(path.read_text())
+    del older["failures"], older["not_run"], older["step"]
+    path.write_text(json.dumps(older))
+    monkeypatch.setattr(suite, "jobs_of", lambda *_: ["ceilings", "table/norm/d"])
+    results = json.loads(suite.run(told / "out", show=lambda line: None).read_text())
+    assert len(results["rows"]) == 8
+    assert suite.holds(results)
+
+
+def test_a_second_signal_does_not_cut_off_the_last_write(monkeypatch: pytest.MonkeyPatch, told: Path) -> None:
+    use_worker(monkeypatch, told, "pass")
+    not_run = suite.Record.not_run
+
+    def signalled(record: suite.Record, jobs: list[str], why: str) -> None:
+        for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            os.kill(os.getpid(), each)
+        not_run(record, jobs, why)
+
+    monkeypatch.setattr(suite.Record, "not_run", signalled)
+    with pytest.raises(KeyboardInterrupt):
+        suite.run(told / "out", show=interrupt_at(" first "))
+    (path,) = (told / "out").glob("*.json")
+    assert named(path, "not_run") == [(job, "") for job in JOBS[1:]]
+
+
+def test_a_hangup_that_is_ignored_stays_so() -> None:
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with suite._handled(suite.interrupt, signal.SIGHUP, signal.SIGTERM):
+            os.kill(os.getpid(), signal.SIGHUP)
+            with pytest.raises(KeyboardInterrupt, match="SIGTERM"):
+                os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan"])
+def test_minutes_that_are_none_are_a_wrong_request(
+    monkeypatch: pytest.MonkeyPatch, told: Path, capsys: pytest.CaptureFixture[str], minutes: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["suite", "--out", str(told), f"--minutes={minutes}"])
+    with pytest.raises(SystemExit) as ended:
+        suite.main()
+    assert ended.value.code == 2
+    assert f"--minutes {minutes}: must be above 0" in capsys.readouterr().err
+    assert main(["bench", "kernels", f"--minutes={minutes}", "--out", str(told)]) == 2
+    assert not list(told.glob("*.json"))
+
+
+def test_a_folder_that_is_a_file_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, told: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (told / "out").touch()
+    monkeypatch.setattr(sys, "argv", ["suite", "--out", str(told / "out")])
+    assert suite.main() == 1
+    assert "the results cannot be written" in capsys.readouterr().err
 
 
 def test_a_worker_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch, told: Path) -> None:
