@@ -56,7 +56,7 @@ from kernels.contrastive_group import AUTO as AUTO_EXCHANGE
 from kernels.contrastive_group import EXCHANGES, Columns, Whole, columns_of, whole_of
 from kernels.contrastive_passes import Result, Squares, infonce, longest_rows, sigmoid
 from kernels.dispatch import AUTO, Choice, choose, chosen_by, no_triton, record, refuse_difference, trial
-from kernels.precision import accumulator_of
+from kernels.precision import accumulator_of, tf32_is_allowed
 
 BACKENDS = ("triton", "torch")  # in order of preference on a GPU; elsewhere torch is first
 
@@ -206,7 +206,7 @@ def limit_of(dtype: torch.dtype) -> float:
     """The relative error (norm) that the trial allows; under torch's switch for TF32 its own products have that."""
     if dtype == torch.bfloat16:
         return 9e-3
-    return 5e-5 if torch.get_float32_matmul_precision() == "highest" else 5e-3
+    return 5e-3 if tf32_is_allowed() else 5e-5
 
 
 @torch.no_grad()

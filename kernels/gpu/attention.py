@@ -24,7 +24,7 @@ from kernels.gpu.attention_dropout import dropout_keep, threshold
 from kernels.gpu.attention_forward import attention_forward_kernel
 from kernels.gpu.attention_tiles import DELTA_ROWS, DKDV, DQ, FORWARD, Tile, choose, edge, parts
 from kernels.gpu.target import ACCUMULATORS, INTERPRETED, dense, target_of, unit_of
-from kernels.precision import accumulator_of
+from kernels.precision import accumulator_of, tf32_is_allowed
 
 __all__ = ["aot_cases", "backward", "dropout_keep", "forward", "refusal", "shape_refusal"]
 if TYPE_CHECKING:
@@ -248,7 +248,7 @@ def _strides(unit: int, *tensors: torch.Tensor) -> list[int]:
 
 def _numerics(dtype: torch.dtype) -> dict[str, Any]:
     """fp32 follows torch's own switch for TF32; the other dtypes have no choice."""
-    exact = dtype != torch.float32 or INTERPRETED or torch.get_float32_matmul_precision() == "highest"
+    exact = dtype != torch.float32 or INTERPRETED or not tf32_is_allowed()
     return {"ACC": ACCUMULATORS[dtype], "PRECISION": "ieee" if exact else "tf32"}
 
 

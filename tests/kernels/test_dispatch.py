@@ -122,3 +122,20 @@ def test_a_trial_runs_without_the_callers_autocast(untried: pytest.MonkeyPatch) 
     with torch.autocast("cpu", dtype=torch.bfloat16):
         dispatch.trial("an operation", torch.device("cpu"), lambda: found.append((one @ one).dtype))
     assert found == [torch.float32]
+
+
+@pytest.mark.parametrize(("asked", "allowed"), [("tf32", True), ("ieee", False)])
+def test_the_newer_switch_for_tf32_is_read_as_well(asked: str, allowed: bool) -> None:
+    """For which the older function only raises, and every fp32 kernel with it."""
+    from kernels.contrastive import limit_of
+    from kernels.gpu.attention import _numerics
+    from kernels.precision import tf32_is_allowed
+
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = asked
+    try:
+        assert limit_of(torch.float32) == (5e-3 if allowed else 5e-5)
+        assert _numerics(torch.float32)["PRECISION"] in ("ieee", "tf32")
+        assert tf32_is_allowed() == allowed
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
