@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kernels.bench.process import dying_with_me, interruptible
 from kernels.bench.table import markdown
 
 MARK = "WEFT_FIRST_CONTACT"  # in the environment of whatever a part starts
@@ -92,7 +93,7 @@ def _ended(command: Sequence[str], seconds: float) -> str:
     # one card and no network: what is between ranks goes through the loopback device
     environment = os.environ | {MARK: mark, "NCCL_SOCKET_IFNAME": "lo", "GLOO_SOCKET_IFNAME": "lo"}
     began = time.monotonic()
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    process = subprocess.Popen(dying_with_me(command), env=environment, start_new_session=True)
     try:
         process.wait(seconds)
         told = ""
@@ -120,10 +121,6 @@ def _kill_marked(mark: str) -> int:
     return found
 
 
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m kernels.bench.first", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
@@ -131,10 +128,10 @@ def main() -> int:
         "--minutes", type=float, default=9.5, help="for all parts; 13.5 are enough for each; default 9.5"
     )
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, _interrupt)
     code = 0
     try:
-        run(arguments.out, arguments.minutes)
+        with interruptible():
+            run(arguments.out, arguments.minutes)
     except KeyboardInterrupt:
         code = 130
     for path in sorted(arguments.out.glob("*-????-??-??.json")):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import math
 import os
 import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 
 DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
 SECONDS_TO_DIE = 10.0  # a driver may keep a killed process for ever
+HASTE = 15.0  # seconds in which a second signal means the same as the first
 LOOK_SECONDS = 1.0  # between two looks whether it is alive
 
 
@@ -88,6 +91,34 @@ def _message(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return message if isinstance(message, dict) and "say" in message else None
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """TERM and HUP do what Ctrl-C does: whoever ends a job at its limit sends one of them, or several.
+
+    One that comes soon after another changes nothing, so that what the first has begun to end is ended. One that is
+    ignored, as nohup does with HUP, stays so.
+    """
+    last = -math.inf
+
+    def interrupt(number: int, frame: Any) -> None:
+        nonlocal last
+        if time.monotonic() - last > HASTE:
+            last = time.monotonic()
+            raise KeyboardInterrupt(signal.Signals(number).name)
+
+    before = {}
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if (usual := signal.getsignal(each)) not in (signal.SIG_IGN, None):
+                    before[each] = usual
+                    signal.signal(each, interrupt)
+        yield
+    finally:
+        for each, usual in before.items():
+            signal.signal(each, usual)
 
 
 def die_with(parent: int) -> None:

@@ -20,7 +20,6 @@ Design choices:
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import importlib.util
 import itertools
@@ -29,11 +28,9 @@ import os
 import platform
 import re
 import shlex
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,7 +38,7 @@ from typing import Any
 import torch
 
 from kernels.bench.jobs import NAMES, WHOLE, Order, jobs_of
-from kernels.bench.process import OutOfTimeError, Worker
+from kernels.bench.process import OutOfTimeError, Worker, interruptible
 from kernels.bench.rows import ERROR, MISSING, OURS, REFUSED, WRONG
 from kernels.bench.table import live, markdown, verdicts
 
@@ -169,7 +166,7 @@ def run(
         show(f"{record.kept} is kept: what was in {record.path.name} is of another machine or library, or no results")
     order = Order(jobs, quick, device.type, began=time.time(), seconds=60 * minutes)
     show(f"{machine['card']}, torch {machine['torch']}; results in {record.path}")
-    with _handled(interrupt, signal.SIGTERM, signal.SIGHUP):  # whoever ends a job at its limit sends one of them
+    with interruptible():
         try:
             while order.jobs:
                 order.jobs = _one_worker(order, record, silence, show)
@@ -177,32 +174,10 @@ def run(
             show("the time is over")
             record.not_run(order.jobs, "the time was over")
         except KeyboardInterrupt:
-            with _handled(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a second one is in haste
-                record.not_run(order.jobs, "interrupted")
+            record.not_run(order.jobs, "interrupted")
             raise
     record.save()
     return record.path
-
-
-def interrupt(number: int, frame: Any) -> None:
-    """A handler that does what Ctrl-C does."""
-    raise KeyboardInterrupt(signal.Signals(number).name)
-
-
-@contextlib.contextmanager
-def _handled(handler: Any, *signals: signal.Signals) -> Iterator[None]:
-    """Handle signals so within; but one that is ignored, as nohup does with HUP, stays so."""
-    before = {each: signal.getsignal(each) for each in signals}
-    if threading.current_thread() is not threading.main_thread():
-        before = {}
-    before = {each: usual for each, usual in before.items() if usual not in (signal.SIG_IGN, None)}
-    try:
-        for each in before:
-            signal.signal(each, handler)
-        yield
-    finally:
-        for each, usual in before.items():
-            signal.signal(each, usual)
 
 
 def _one_worker(order: Order, record: Record, silence: float, show: Callable[[str], None]) -> list[str]:

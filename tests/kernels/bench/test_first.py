@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -18,9 +19,9 @@ from pretrain.config import load_recipe
 
 # a suite that takes its time to end, with a worker in a session of its own
 SUITE = """
-import pathlib, subprocess, sys, time
+import os, pathlib, subprocess, sys, time
 out, name, end = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-(out / f"{name}.rows").touch()
+(out / f"{name}.rows").write_text(str(os.getpid()))
 if end == "hang":
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=True)
     (out / "draft").write_text(str(child.pid))
@@ -56,7 +57,7 @@ def test_a_part_that_hangs_ends_with_all_that_it_started(
 ) -> None:
     class LimitedWhenItRuns(subprocess.Popen[bytes]):
         def wait(self, timeout: float | None = None) -> int:
-            if timeout == 60.0 and part_hangs.command(out, 60.0) == self.args:
+            if timeout == 60.0 and part_hangs.command(out, 60.0) == self.args[3:]:  # behind what ends it with us
                 wait_for(out / "pid")
                 raise subprocess.TimeoutExpired(self.args, timeout)
             return super().wait(timeout)
@@ -78,19 +79,33 @@ def test_what_no_time_is_left_for_is_not_begun(out: Path, capsys: pytest.Capture
     assert {each.name for each in out.iterdir()} == {"losses.rows", "losses.done"}
 
 
-def test_a_signal_ends_the_part(out: Path) -> None:
+@pytest.mark.parametrize("sent", [[signal.SIGTERM], [signal.SIGTERM, signal.SIGINT], [signal.SIGHUP], [signal.SIGKILL]])
+def test_a_signal_ends_the_part(out: Path, sent: list[signal.Signals]) -> None:
+    """And a second one, which comes while the part is ended, changes nothing."""
     code = f"""
-import pathlib, signal, sys
+import pathlib, sys
 from kernels.bench import first
-signal.signal(signal.SIGTERM, first._interrupt)
 words = ("suite_of_a_test", "{{out}}", "losses", "hang")
-first.run(pathlib.Path({str(out)!r}), 10, [first.Part("losses", 300, words)])
+first.PARTS = [first.Part("losses", 300, words)]
+first.run.__defaults__ = (first.PARTS,)
+sys.argv = ["first", "--out", {str(out)!r}, "--minutes", "10"]
+raise SystemExit(first.main())
 """
     process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(kernels.__file__).parents[1])
     wait_for(out / "pid")
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(120) != 0
-    assert gone(int((out / "pid").read_text()))
+    process.send_signal(sent[0])
+    while len(sent) > 1 and not gone(int((out / "pid").read_text())) and process.poll() is None:
+        process.send_signal(sent[1])
+        time.sleep(0.02)
+    assert process.wait(120) == (130 if sent[0] != signal.SIGKILL else -signal.SIGKILL)
+    end = time.monotonic() + 60
+    while not gone(int((out / "losses.rows").read_text())):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    if sent[0] == signal.SIGKILL:  # which this stand-in for a suite does not tell its own child, as a suite would
+        os.kill(int((out / "pid").read_text()), signal.SIGKILL)
+    else:
+        assert gone(int((out / "pid").read_text()))
 
 
 def test_the_parts() -> None:

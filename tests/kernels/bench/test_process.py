@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from kernels.bench.process import Worker, dying_with_me
+from kernels.bench.process import Worker, dying_with_me, interruptible
 
 # the real worker, with a job that gives one row, starts a process of its own and then goes on for ever
 WORKER = """
@@ -130,3 +130,15 @@ def test_a_death_is_seen_though_a_child_holds_the_pipe(tmp_path: Path) -> None:
 def test_a_command_that_dies_with_me_is_that_command() -> None:
     done = subprocess.run(dying_with_me(["printf", "%s", "all the same"]), capture_output=True, text=True, check=True)
     assert done.stdout == "all the same"
+
+
+def test_a_hangup_that_is_ignored_stays_so() -> None:
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interruptible():
+            os.kill(os.getpid(), signal.SIGHUP)
+            with pytest.raises(KeyboardInterrupt, match="SIGTERM"):
+                os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGHUP, before)
