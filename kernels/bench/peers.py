@@ -8,19 +8,22 @@ says, and one that is called wrongly becomes a row with its message.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
-OPTIONAL = {
-    "Liger": "liger_kernel",
-    "FlashAttention 2": "flash_attn",
-    "FlashAttention 3": "flash_attn_interface",
-    "quack": "quack",
-    "Apex": "apex.normalization.fused_layer_norm",
-    "open_clip": "open_clip",
-    "Inf-CL": "inf_cl",
+OPTIONAL = {  # package and project
+    "Liger": ("liger_kernel", "liger-kernel"),
+    "FlashAttention 2": ("flash_attn", "flash-attn"),
+    "FlashAttention 3": ("flash_attn_interface", "flash-attn-3"),
+    "quack": ("quack", "quack-kernels"),
+    "Apex": ("apex", "apex"),
+    "open_clip": ("open_clip", "open-clip-torch"),
+    "Inf-CL": ("inf_cl", "inf-cl"),
 }
 
 
@@ -47,14 +50,33 @@ def needs_cuda(make: Callable[[], Any]) -> Callable[[], Any]:
     return checked
 
 
+def imported_alone(package: str, module: str) -> Any:
+    """A module of a peer without what its package imports besides. Raises MissingPeerError with the reason."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise MissingPeerError(f"cannot import {package}: No module named {package!r}")
+    try:
+        alone = importlib.util.spec_from_file_location(
+            f"{package}_{module}_alone", Path(spec.origin).with_name(f"{module}.py")
+        )
+        loaded = importlib.util.module_from_spec(alone)  # type: ignore[arg-type]
+        alone.loader.exec_module(loaded)  # type: ignore[union-attr]
+    except Exception as error:
+        raise MissingPeerError(f"cannot import {module} of {package}: {_first_line(error)}") from error
+    return loaded
+
+
 def present() -> dict[str, str]:
-    """The version of each optional peer, or why it is not there."""
+    """The version of each optional peer, or that it is not there. Nothing is imported: some take a quarter minute."""
     found = {}
-    for name, module in OPTIONAL.items():
+    for name, (package, project) in OPTIONAL.items():
+        if importlib.util.find_spec(package) is None:
+            found[name] = "not installed"
+            continue
         try:
-            found[name] = str(getattr(imported(module), "__version__", "present"))
-        except MissingPeerError as error:
-            found[name] = str(error)
+            found[name] = importlib.metadata.version(project)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "present"
     return found
 
 

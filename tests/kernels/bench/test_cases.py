@@ -5,13 +5,14 @@ from __future__ import annotations
 import types
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-from kernels.bench import activation, attention, contrastive, linear_cross_entropy, norm, step
+from kernels.bench import activation, attention, contrastive, linear_cross_entropy, norm, peers, step
 from kernels.bench.case import Layout, Tensors, normal_draw
 from kernels.bench.check import numbers
 from kernels.bench.jobs import OPERATIONS
@@ -188,3 +189,21 @@ def test_flops_of_vit_l() -> None:
     assert step.VIT_L.image.flops == pytest.approx(162e9, rel=0.03)
     assert step.VIT_L.text.flops == pytest.approx(13.3e9, rel=0.03)
     assert step.VIT_L.training_flops == pytest.approx(3 * (162e9 + 13.3e9), rel=0.03)
+
+
+def test_what_a_peers_package_imports_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """open_clip's brings transformers and torchvision along: a quarter of a minute, in each process that measures."""
+    folder = tmp_path / "a_peer_of_a_test"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("raise AssertionError('imported')")
+    (folder / "loss.py").write_text("VALUE = 3")
+    (folder / "broken.py").write_text("import no_such_module")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(
+        peers, "OPTIONAL", {"A": (folder.name, "a-peer"), "B": ("no_such_peer", "b"), "C": ("torch",) * 2}
+    )
+    assert peers.present() == {"A": "present", "B": "not installed", "C": torch.__version__}
+    assert peers.imported_alone(folder.name, "loss").VALUE == 3
+    for package, module in ((folder.name, "broken"), (folder.name, "none"), ("no_such_peer", "loss")):
+        with pytest.raises(peers.MissingPeerError, match="cannot import"):
+            peers.imported_alone(package, module)
