@@ -20,7 +20,9 @@ Design choices:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import fcntl
 import importlib.util
 import itertools
 import json
@@ -67,6 +69,14 @@ class Record:
         self._killed: list[dict[str, Any]] = []  # rows of this run that tell what ended a process
         self._older: list[dict[str, Any]] = []  # of the job that is done now, from an earlier try
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._log = path.with_suffix(".log").open("a")  # whose lock ends with this process, however that ends
+        try:
+            fcntl.flock(self._log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._log.close()
+            raise ValueError(
+                f"{path} is being written by another run: wait for its end, or name another folder"
+            ) from None
         if path.exists() and not self._go_on():
             names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
             self.kept = path.rename(next(each for each in names if not each.exists()))
@@ -88,6 +98,10 @@ class Record:
             return False
         self.results |= before | {"machine": {**before["machine"], "command": "; ".join(commands), "quick": quick}}
         return True
+
+    def close(self) -> None:
+        """Let another run have the file."""
+        self._log.close()
 
     def begin(self, job: str) -> None:
         """From here on rows of an earlier try of a job give way to their like; those that tell of a death stay."""
@@ -151,8 +165,8 @@ def run(
 ) -> Path:
     """Measure, show rows as they come, and return the file of results.
 
-    Raises ValueError for an unknown name in `only` and for minutes that are none, and KeyboardInterrupt where a signal
-    ended it; the file is whole.
+    Raises ValueError for an unknown name in `only`, for minutes that are none and where another run writes the file,
+    and KeyboardInterrupt where a signal ended it; the file is whole.
     """
     if not minutes > 0:
         raise ValueError(f"--minutes {minutes:g}: must be above 0")
@@ -166,7 +180,7 @@ def run(
         show(f"{record.kept} is kept: what was in {record.path.name} is of another machine or library, or no results")
     order = Order(jobs, quick, device.type, began=time.time(), seconds=60 * minutes)
     show(f"{machine['card']}, torch {machine['torch']}; results in {record.path}")
-    with interruptible():
+    with contextlib.closing(record), interruptible():
         try:
             while order.jobs:
                 order.jobs = _one_worker(order, record, silence, show)
@@ -176,7 +190,7 @@ def run(
         except KeyboardInterrupt:
             record.not_run(order.jobs, "interrupted")
             raise
-    record.save()
+        record.save()
     return record.path
 
 

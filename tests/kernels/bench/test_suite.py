@@ -160,6 +160,22 @@ def test_results_of_before_a_section_was_are_added_to(monkeypatch: pytest.Monkey
     assert suite.holds(results)
 
 
+def test_two_runs_do_not_write_one_file(monkeypatch: pytest.MonkeyPatch, told: Path) -> None:
+    use_worker(monkeypatch, told, "pass")
+    refused: list[str] = []
+
+    def show(line: str) -> None:
+        if " first " in line and not refused:
+            with pytest.raises(ValueError, match="is being written by another run"):
+                suite.run(told / "out", show=lambda line: None)
+            refused.append(line)
+
+    path = suite.run(told / "out", show=show)
+    assert refused
+    assert suite.run(told / "out", show=lambda line: None) == path
+    assert len(named(path)) == 6
+
+
 def test_a_second_signal_does_not_cut_off_the_last_write(monkeypatch: pytest.MonkeyPatch, told: Path) -> None:
     use_worker(monkeypatch, told, "pass")
     not_run = suite.Record.not_run
