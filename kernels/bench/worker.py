@@ -126,7 +126,8 @@ def _tell_started(say: Say, job: str, section: str, row: Row, first: bool) -> No
 
 def _start_afresh(device: torch.device) -> None:
     """Nothing of one job, compiled code included, is there in the next."""
-    torch.compiler.reset()
+    if "torch._dynamo" in sys.modules:  # else there is nothing to forget, and the import alone takes seconds
+        torch.compiler.reset()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

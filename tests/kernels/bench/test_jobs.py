@@ -4,10 +4,11 @@ and a clock that every job moves on by the time that it takes on a card (as esti
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -229,3 +230,16 @@ def test_a_job_that_raises_on_a_lost_device_is_the_last_of_its_process(
     said: list[str] = []
     worker.work(Order(["table/norm/a", "table/norm/b"], began=time.time()), lambda message: said.append(message["say"]))
     assert said == (["begin", "lost"] if lost else ["begin", "row", "end"] * 2)
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_a_process_that_compiles_nothing_does_not_import_the_compiler(
+    monkeypatch: pytest.MonkeyPatch, compiles: bool
+) -> None:
+    monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
+    if compiles:
+        monkeypatch.setitem(sys.modules, "torch._dynamo", ModuleType("torch._dynamo"))
+    resets: list[bool] = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(True))
+    worker._start_afresh(CPU)
+    assert resets == [True] * compiles
