@@ -190,6 +190,9 @@ def run(
         except KeyboardInterrupt:
             record.not_run(order.jobs, "interrupted")
             raise
+        except RuntimeError as error:
+            record.not_run(order.jobs, str(error))
+            raise
         record.save()
     return record.path
 

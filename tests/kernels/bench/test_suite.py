@@ -218,6 +218,8 @@ def test_a_worker_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(suite, "COMMAND", (sys.executable, "-c", "raise SystemExit(5)"))
     with pytest.raises(RuntimeError, match="exit code 5"):
         suite.run(told, show=lambda line: None)
+    (path,) = told.glob("*.json")
+    assert named(path, "not_run") == sorted((job, "") for job in JOBS)
 
 
 def test_the_command_prints_json(
