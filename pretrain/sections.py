@@ -329,7 +329,7 @@ class Kernels(Section):
 
 class LayoutConfig(Section):
     auto: bool = Field(
-        False, description="choose tp, pp, zero, sequence_parallel and recompute to fit the memory; also: layout=auto"
+        False, description="choose tp, pp, zero, recompute and train.micro_batch to fit the memory; also: layout=auto"
     )
     memory_gib: float | None = Field(None, gt=0, description="memory of a device for auto; default: what is there")
     tp: int = Field(1, ge=1, description="number of tensor parallel ranks")

@@ -60,8 +60,7 @@ def with_layout(recipe: Recipe, world: int, memory_gib: float | None = None) -> 
 def candidates(recipe: Recipe, world: int) -> Iterator[Recipe]:
     """Layouts to try, the cheapest first; some of them cannot be right."""
     whole = recipe.train.micro_batch
-    share = whole or recipe.train.global_batch
-    parts = [share >> times for times in range(1, share.bit_length())]
+    parts = sorted(_parts(recipe, world), reverse=True)
     large, small = ([size for size in parts if (size >= SMALLEST) == is_large] for is_large in (True, False))
     large_savers = [(recompute, size) for recompute in ("none", "full") for size in (whole, *large)]
     small_savers = [(recompute, size) for recompute in ("none", "full") for size in small]
@@ -73,6 +72,18 @@ def candidates(recipe: Recipe, world: int) -> Iterator[Recipe]:
                 chosen = {**recipe.layout.model_dump(), **sizes, "auto": False, "memory_gib": None}
                 layout = LayoutConfig.model_validate({**chosen, "recompute": recompute})
                 yield recipe.model_copy(update={"layout": layout, "train": train})
+
+
+def _parts(recipe: Recipe, world: int) -> set[int]:
+    """Sizes of microbatches that divide what a rank of some cut reads: about halves, again and again."""
+    batch, parts = recipe.train.global_batch, set[int]()
+    for ranks in (world >> power for power in range(world.bit_length()) if world % (1 << power) == 0):  # data parallel
+        if batch % ranks == 0:
+            part = min(recipe.train.micro_batch or batch, batch // ranks)
+            while part > 1:
+                part //= next(factor for factor in range(2, part + 1) if part % factor == 0)
+                parts.add(part)
+    return parts
 
 
 def _cuts(world: int) -> list[list[dict[str, int | bool | None]]]:

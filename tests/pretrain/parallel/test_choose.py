@@ -78,6 +78,20 @@ def test_vit_l_14_takes_microbatches_as_large_as_the_card(
     assert chosen.layout.recompute == "none"
 
 
+@pytest.mark.parametrize(
+    ("world", "batch", "asked", "micro_batch"),
+    [(6, 24576, None, 64), (3, 24576, None, 64), (7, 3584, None, 64), (1, 1000, None, 25), (6, 24576, 9999, 64)],
+)
+def test_microbatches_divide_the_share_of_any_number_of_ranks(
+    world: int, batch: int, asked: int | None, micro_batch: int
+) -> None:
+    """Halves of the global batch do not: the largest that did was one sample."""
+    overrides = [f"train.global_batch={batch}", *([f"train.micro_batch={asked}"] if asked else [])]
+    chosen = with_layout(load_recipe("vit_l_14", overrides), world, memory_gib=24)
+    layout = lay_out(chosen, world)
+    assert (layout.dp, layout.micro_batch, chosen.layout.recompute) == (world, micro_batch, "none")
+
+
 def test_a_model_too_large_for_a_card_is_cut() -> None:
     """20 B parameters on 64 cards of 80 GiB: the state alone is 320 GB of fp32 numbers."""
     towers = [
