@@ -1,11 +1,12 @@
 """`weft bench step`: one training step of ours against the same model elsewhere, in one run on one machine.
 
 The peers (bench_peers.py) are plain torch, as it comes and at its best, and open_clip's model where it is installed; a
-model that is cut has none, and is measured alone. Ours and plain torch start from the same parameters and train on the
-same batches, so their first losses must agree; all take turns in short rounds, so that whatever else the machine does
-falls on all alike. The batches are those of the first steps of training where the recipe's data is there, made up
-otherwise. weft computes no padding of captions, the others the whole context, as trainers usually do; made-up captions
-fill it. `layout=auto` gives weft its microbatches; the others take a rank's share at once.
+model that is cut has none, nor has a step that they would make otherwise (`no_peer`): weft is measured alone. Ours and
+plain torch start from the same parameters and train on the same batches, so their first losses must agree; all take
+turns in short rounds, so that whatever else the machine does falls on all alike. The batches are those of the first
+steps of training where the recipe's data is there, made up otherwise. weft computes no padding of captions, the others
+the whole context, as trainers usually do; made-up captions fill it. `layout=auto` gives weft its microbatches; the
+others take a rank's share at once.
 
 A step is over when the device has done it: each round ends with the last of its work. The first round warms up, and
 before it a step has compiled what is compiled. FLOP/s and MFU are of one count for all, the matrix products that the
@@ -33,9 +34,10 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from data_pipeline import Batch
+from data_pipeline.errors import first_line
 from pretrain.activations import SavedBytes
 from pretrain.bench_batches import batches_for
-from pretrain.bench_peers import Step, peers, plain_start
+from pretrain.bench_peers import Step, no_peer, peers, plain_start
 from pretrain.config import Recipe
 from pretrain.errors import RequestError, is_memory_full
 from pretrain.flops import peak_tflops, training_flops_per_sample
@@ -47,7 +49,8 @@ from pretrain.parallel.groups import Ranks, pick_device, start_ranks, stop_ranks
 from pretrain.parallel.layout import Layout, lay_out
 
 ROUNDS, STEPS_A_ROUND = 15, 4
-FEWEST, LONGEST = 3, 150.0  # rounds, and seconds after which there are no more than those
+FEWEST = 3  # rounds
+LONGEST = {"cpu": 150.0, "cuda": 20.0}  # seconds after which there are no more; a card is not as uneven as a CPU
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ def bench_training_step(recipe: Recipe, compiled: bool | None = None) -> StepBen
     """Measure the model, batch, precision and layout of a recipe; None on every rank but the first.
 
     compiled: also peers whose blocks are compiled, which takes a minute or more on a CPU; default: on CUDA.
-    Raises ValueError for a recipe that the plain twin is not written for.
+    Raises ValueError for a recipe with other objectives.
     """
     recipe = with_layout(recipe, world_size())
     layout = lay_out(recipe, world_size())
@@ -139,10 +142,12 @@ def _measure(recipe: Recipe, layout: Layout, ranks: Ranks, compiled: bool) -> St
     kept = {"weft": _allocated(ranks) - before}  # bytes on the card from one step to the next
     parameters = list(model.parameters())
     whole = layout.tp * layout.pp * layout.cp == 1
-    start = plain_start(model, recipe) if whole else {}
+    alone = no_peer(recipe) if whole else ""  # of a model that is cut, the layout says it
+    compared = whole and not alone
+    start = plain_start(model, recipe) if compared else {}
     steps: dict[str, Step] = {}
     first: dict[str, float] = {}
-    left_out: list[str] = []
+    left_out = [alone] if alone else []
 
     def begin(name: str, make: Callable[[], Step]) -> None:
         """Make it, with a first step, which makes Adam's state and compiles."""
@@ -151,16 +156,17 @@ def _measure(recipe: Recipe, layout: Layout, ranks: Ranks, compiled: bool) -> St
         first[name], steps[name] = float(step(batches[0])), step
         kept[name] = kept.get(name, 0) + _allocated(ranks) - before
 
-    for name, make in (peers(start, recipe, ranks, compiled) if whole else {}).items():
+    for name, make in (peers(start, recipe, ranks, compiled) if compared else {}).items():
         try:
             begin(name, make)
         except RequestError as error:
             if str(error) not in left_out:
                 left_out.append(str(error))
-        except RuntimeError as error:
-            if not is_memory_full(error) or ranks.world > 1:
+        except Exception as error:  # compilers and packages of others fail with whatever they raise
+            if ranks.world > 1:  # the others may have gone on
                 raise
-            left_out.append(f"{name} is not measured: the memory is full, for it takes the whole batch at once")
+            full = "the memory is full, for it takes the whole batch at once"
+            left_out.append(f"{name} is not measured: {full if is_memory_full(error) else first_line(error)}")
     begin("weft", lambda: _weft_step(model, recipe, ranks))
     seconds, peaks = _take_turns(steps, batches, ranks)
     with SavedBytes(parameters) as saved:
@@ -225,7 +231,7 @@ def _take_turns(
                 seconds[name].append((time.perf_counter() - began) / STEPS_A_ROUND)
             elif ranks.device.type == "cuda":
                 peaks[name] = torch.cuda.max_memory_allocated(ranks.device)
-        late = time.perf_counter() - start > LONGEST
+        late = time.perf_counter() - start > LONGEST[ranks.device.type]
         if int(ranks.agree(torch.tensor([int(late)]))) and round_number >= FEWEST:
             break
     return seconds, peaks

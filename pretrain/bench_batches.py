@@ -21,7 +21,7 @@ def batches_for(recipe: Recipe, layout: Layout, ranks: Ranks, count: int) -> tup
     except FileNotFoundError as error:
         made = [_made_up(recipe, layout.share, ranks, number).to(ranks.device) for number in range(count)]
         return made, f"made-up batches, since {error}"
-    order = reading_order(recipe, dataset, picture_aspects(recipe, dataset, ranks))
+    order = reading_order(recipe, dataset, picture_aspects(recipe, dataset, ranks, save=False))
     tokenizer = tokenizer_of(recipe, dataset, None, ranks, save=False)
     with ingest(recipe, dataset, order, tokenizer, ranks, 0, count) as batches:
         return [batch.to(ranks.device) for batch in batches], f"batches of {recipe.data.train}"

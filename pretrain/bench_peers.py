@@ -30,6 +30,19 @@ Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # of 
 Start = dict[str, torch.Tensor]
 
 
+def no_peer(recipe: Recipe) -> str:
+    """Why none of them does what this recipe's step does; "" where they do."""
+    if recipe.train.freeze:
+        why = "they would train what train.freeze keeps as it is"
+    elif recipe.data.aspect > 1:
+        why = f"they take square images only, and data.aspect is {recipe.data.aspect:g}"
+    elif not recipe.model.text.causal:
+        why = "plain torch is written for model.text.causal=true only"
+    else:
+        return ""
+    return f"plain torch and open_clip are not measured: {why}"
+
+
 def plain_start(model: DualEncoder, recipe: Recipe) -> Start:
     """The parameters of `model` as plain torch has them, on the CPU."""
     return PlainDualEncoder.from_weft(model, recipe.model).state_dict()

@@ -87,13 +87,15 @@ def reading_order(recipe: Recipe, dataset: Dataset | Joined, aspects: np.ndarray
     return Mixture(tuple(order(len(part), number) for number, part in enumerate(dataset.parts)), tuple(phases), seed)
 
 
-def picture_aspects(recipe: Recipe, dataset: Dataset | Joined, ranks: Ranks) -> np.ndarray | None:
+def picture_aspects(recipe: Recipe, dataset: Dataset | Joined, ranks: Ranks, *, save: bool = True) -> np.ndarray | None:
     """Width / height of every picture, float32 [samples], where data.aspect asks for them; every rank calls this.
 
-    The first rank collects them once, and keeps them in the run's folder.
+    `save`: the first rank collects them once, and keeps them in the run's folder.
     """
     if recipe.data.aspect == 1:
         return None
+    if not save:
+        return dataset.aspects()
     path = recipe.run.dir / f"aspects-{dataset.fingerprint[:12]}.npy"
 
     def collect() -> None:

@@ -99,13 +99,14 @@ def test_all_peers_take_turns_and_each_is_told(monkeypatch: pytest.MonkeyPatch) 
     assert made["loss"] == (False, False, {"cache_labels": True, "rank": 0, "world_size": 1})
 
 
-@pytest.mark.parametrize("way", ["missing", "broken", "full"])
+@pytest.mark.parametrize("way", ["missing", "broken", "full", "other version"])
 def test_a_peer_that_is_not_to_be_had_is_one_sentence(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     if way == "missing":
         without_open_clip(monkeypatch)
     else:
         with_open_clip(monkeypatch)
         error = "operator torchvision::nms does not exist" if way == "broken" else "CUDA out of memory. Tried 3 GiB"
+        kind = TypeError if way == "other version" else RuntimeError
 
         class Broken(ModuleType):
             def __getattr__(self, name: str) -> Any:
@@ -116,7 +117,7 @@ def test_a_peer_that_is_not_to_be_had_is_one_sentence(monkeypatch: pytest.Monkey
         else:
 
             def full(*_: object) -> Any:
-                raise RuntimeError(error)
+                raise kind("unexpected keyword 'no_causal_mask'" if way == "other version" else error)
 
             monkeypatch.setattr(bench_peers, "_open_clip", full)
     found = bench_training_step(recipe())
@@ -124,8 +125,27 @@ def test_a_peer_that_is_not_to_be_had_is_one_sentence(monkeypatch: pytest.Monkey
     assert list(found.peers) == ["plain torch", "plain torch, fused AdamW"], "not compiled on a CPU unless asked"
     (sentence,) = found.left_out
     assert sentence.startswith("open_clip is not measured: ")
-    assert {"missing": "pip install", "broken": "torchvision::nms", "full": "the memory is full"}[way] in sentence
+    why = {"missing": "pip install", "broken": "torchvision::nms", "full": "the memory is full"}
+    assert why.get(way, "no_causal_mask") in sentence
     assert sentence in str(found)
+
+
+@pytest.mark.parametrize(
+    ("override", "why"),
+    [
+        ("train.freeze=[vision.]", "train.freeze"),
+        ("data.aspect=2", "data.aspect is 2"),
+        ("model.text.causal=false", "model.text.causal=true"),
+    ],
+)
+def test_weft_is_measured_alone_where_the_others_would_do_something_else(override: str, why: str) -> None:
+    """A frozen tower made weft look faster by what plain torch trained in its place."""
+    found = bench_training_step(recipe(override))
+    assert found is not None
+    assert (found.peers, found.ratio) == ({}, None)
+    (sentence,) = found.left_out
+    assert sentence.startswith("plain torch and open_clip are not measured: ")
+    assert why in sentence
 
 
 def test_a_card_has_its_use_and_its_memory_beside() -> None:

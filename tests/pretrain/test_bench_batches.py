@@ -31,3 +31,20 @@ def test_batches_are_of_the_recipe_where_its_data_is_there(tmp_path: Path, capfd
             assert full == [folder == "nowhere"] * 3
     finally:
         stop_ranks(ranks)
+
+
+def test_the_shapes_of_images_are_not_kept_in_a_run_folder(tmp_path: Path) -> None:
+    """A run that was never begun has none, and the bench makes none."""
+    pictures = [(f"{number}.png", picture(1, [(13, 7), (7, 13)][number % 2])) for number in range(8)]
+    (tmp_path / "data").mkdir()
+    tar = tar_of([each for name, data in pictures for each in ((name, data), (f"{name[0]}.txt", b"a short caption"))])
+    (tmp_path / "data" / "0.tar").write_bytes(tar)
+    overrides = [f"data.train={tmp_path / 'data'}", "data.aspect=2", f"run.dir={tmp_path / 'run'}"]
+    recipe = load_recipe("quickstart", [*RECIPE, *overrides])
+    ranks = start_alone(torch.device("cpu"))
+    try:
+        batches, source = batches_for(recipe, lay_out(recipe, 1), ranks, 1)
+    finally:
+        stop_ranks(ranks)
+    assert (len(batches), source.startswith("batches of")) == (1, True)
+    assert not (tmp_path / "run").exists()
