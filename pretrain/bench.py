@@ -49,6 +49,8 @@ from pretrain.parallel.groups import Ranks, pick_device, start_ranks, stop_ranks
 from pretrain.parallel.layout import Layout, lay_out
 
 ROUNDS, STEPS_A_ROUND = 15, 4
+PLAIN = "plain torch"  # so begin the names of the peers that start from our parameters
+SAME_LOSS = {"fp32": 1e-3, "bf16": 2e-2}  # relative; what differs more does other work
 FEWEST = 3  # rounds
 LONGEST = {"cpu": 150.0, "cuda": 20.0}  # seconds after which there are no more; a card is not as uneven as a CPU
 
@@ -168,6 +170,12 @@ def _measure(recipe: Recipe, layout: Layout, ranks: Ranks, compiled: bool) -> St
             full = "the memory is full, for it takes the whole batch at once"
             left_out.append(f"{name} is not measured: {full if is_memory_full(error) else first_line(error)}")
     begin("weft", lambda: _weft_step(model, recipe, ranks))
+    for name in [each for each in steps if each.startswith(PLAIN)]:
+        ours, theirs = first["weft"], first[name]
+        off = not abs(ours - theirs) <= SAME_LOSS[recipe.train.precision] * abs(ours)
+        if int(ranks.agree(torch.tensor([int(off)]))):  # on any rank
+            del steps[name], kept[name]
+            left_out.append(f"{name} is not measured: its first loss is {theirs:.5g} and weft's {ours:.5g}")
     seconds, peaks = _take_turns(steps, batches, ranks)
     with SavedBytes(parameters) as saved:
         steps["weft"](batches[0])

@@ -148,6 +148,15 @@ def test_weft_is_measured_alone_where_the_others_would_do_something_else(overrid
     assert why in sentence
 
 
+def test_plain_torch_with_another_loss_is_not_compared() -> None:
+    """Label smoothing, which it does not know; nor would it know the next setting of a loss."""
+    found = bench_training_step(recipe("objectives=[{name: contrastive, label_smoothing: 0.3}]"))
+    assert found is not None
+    assert not [name for name in found.peers if name.startswith("plain torch")]
+    assert any("plain torch is not measured: its first loss is" in sentence for sentence in found.left_out)
+    assert found.ratio is None or found.fastest == "open_clip"
+
+
 def test_a_card_has_its_use_and_its_memory_beside() -> None:
     one = Measured(0.5, 256, 4e5, mfu=0.404, memory_gib=61.25)
     assert str(one) == "0.5000 s a step, 256 samples/s, 400000 GFLOP/s, 40.4% MFU, 61.2 GiB"
