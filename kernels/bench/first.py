@@ -84,7 +84,8 @@ def run(out: Path, minutes: float, parts: Sequence[Part] = PARTS) -> None:
         else:
             print(f"== {part.name}: {given:.0f} s at most", flush=True)
             done.touch()
-            print(f"== {part.name}: {_ended(part.command(out, given), given)}", flush=True)
+            with interruptible():
+                print(f"== {part.name}: {_ended(part.command(out, given), given)}", flush=True)
 
 
 def _ended(command: Sequence[str], seconds: float) -> str:
@@ -105,7 +106,8 @@ def _ended(command: Sequence[str], seconds: float) -> str:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(10)
         left = _kill_marked(mark)
-    process.poll()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(10)
     told += f"exit code {process.returncode} after {time.monotonic() - began:.0f} s"
     return told + (f"; {left} process(es) that were left are killed" if left else "")
 
@@ -130,8 +132,7 @@ def main() -> int:
     arguments = parser.parse_args()
     code = 0
     try:
-        with interruptible():
-            run(arguments.out, arguments.minutes)
+        run(arguments.out, arguments.minutes)
     except KeyboardInterrupt:
         code = 130
     for path in sorted(arguments.out.glob("*-????-??-??.json")):

@@ -64,6 +64,8 @@ class Worker:
                 continue
             piece = os.read(pipe, 1 << 16)
             if not piece:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(SECONDS_TO_DIE)  # its own exit code tells more than that of being killed
                 return
             *lines, self._unread = (self._unread + piece).split(b"\n")
             for line in lines:
@@ -97,8 +99,9 @@ def _message(line: bytes) -> dict[str, Any] | None:
 def interruptible() -> Iterator[None]:
     """TERM and HUP do what Ctrl-C does: whoever ends a job at its limit sends one of them, or several.
 
-    One that comes soon after another changes nothing, so that what the first has begun to end is ended. One that is
-    ignored, as nohup does with HUP, stays so.
+    One that comes soon after another changes nothing, so that what the first has begun to end is ended. A HUP that is
+    ignored, as under nohup, stays so; not an INT, which shells let every command in the background ignore. What is
+    started meanwhile has the usual INT again.
     """
     last = -math.inf
 
@@ -112,7 +115,8 @@ def interruptible() -> Iterator[None]:
     try:
         if threading.current_thread() is threading.main_thread():
             for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                if (usual := signal.getsignal(each)) not in (signal.SIG_IGN, None):
+                usual = signal.getsignal(each)
+                if usual is not None and (usual != signal.SIG_IGN or each != signal.SIGHUP):
                     before[each] = usual
                     signal.signal(each, interrupt)
         yield

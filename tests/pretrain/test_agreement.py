@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,10 @@ def in_two_ranks(rank: int, world: int, folder: Path) -> dict[str, Any]:
     for name, keys in (("alone", []), ("parts", ["train.micro_batch=2"]), ("tp", ["layout.tp=2"])):
         found[name] = train(recipe(name, keys), "weft train")
     if rank == 0:
-        shutil.copytree(folder / "alone", folder / "A-copy")
+        shutil.copytree(folder / "alone", folder / "draft")
+        (folder / "draft").rename(folder / "A-copy")
+    while not (folder / "A-copy").exists():  # a run that has ended joins its ranks no more
+        time.sleep(0.05)
     found["copy"] = train(recipe("copied", ["train.init_from=A/../" + ("A-copy" if rank else "alone")]), "weft train")
 
     agreement.APPEARS = 1.0

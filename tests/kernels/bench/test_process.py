@@ -34,7 +34,8 @@ worker.main(json.loads(sys.argv[1]), int(sys.argv[2]))
 """
 SAID = """'{"say": "it"}'"""
 SUITE = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
 from kernels.bench import suite
 suite.COMMAND = (sys.executable, sys.argv[1])
 suite.jobs_of = lambda *_: ["table/norm/a", "table/norm/b"]
@@ -57,6 +58,7 @@ def alive(pid: int) -> bool:
 @pytest.mark.skipif(sys.platform != "linux", reason="the death of a parent is told on Linux only")
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
 def test_no_process_outlives_the_suite_and_rows_are_kept(tmp_path: Path, sent: signal.Signals) -> None:
+    """Also where it ignores INT from its start, as every command of a script in the background does."""
     (tmp_path / "worker.py").write_text(WORKER)
     path = os.pathsep.join([str(Path(__file__).parents[3]), *filter(None, [os.environ.get("PYTHONPATH")])])
     running = subprocess.Popen(
