@@ -101,6 +101,7 @@ def why(operation: Callable[..., Any] | None = None, *arguments: Any, **named: A
 # relative errors (norm) allowed to kernels without products of matrices: several times the rounding of the dtype, and
 # less than a wrong factor of 1% makes
 LIMITS = {torch.bfloat16: 9e-3, torch.float16: 5e-3, torch.float32: 1e-4}
+TRIAL_FAILED = "its trial on"  # so begins the reason of a kernel that is wrong, and not one that refuses
 _trials: dict[tuple[str, str], str] = {}
 
 
@@ -119,7 +120,7 @@ def trial(operation: str, device: torch.device, compare: Callable[[], None]) -> 
             _trials[key] = ""
         except Exception as error:
             _raise_if_lost(operation, device, error)
-            _trials[key] = f"its trial on {device} failed: {_in_a_line(error)}"
+            _trials[key] = f"{TRIAL_FAILED} {device} failed: {_in_a_line(error)}"
             warnings.warn(f"{operation}: {_trials[key]}; plain torch is used instead", stacklevel=2)
     return _trials[key]
 

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import torch
 
+from kernels.cards import peak_flops
 from pretrain.sections import Model, Tower
-
-# dense peak, TFLOP/s, by the name torch gives the card: NVIDIA's data sheets, without sparsity
-PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}
 
 
 def forward_flops_per_sample(model: Model, text_length: float | None = None) -> float:
@@ -37,10 +35,8 @@ def training_flops_per_sample(model: Model, text_length: float | None = None) ->
 
 def peak_tflops(device: torch.device) -> float | None:
     """The card's dense bf16 peak; None where we do not know it (any CPU)."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for card, peak in PEAK_TFLOPS.items() if card in name), None)
+    peak = peak_flops(device)
+    return peak / 1e12 if peak else None
 
 
 def _block_flops(tower: Tower, length: float, pooled: bool = False) -> float:

@@ -96,7 +96,7 @@ def jobs_of(device: torch.device, quick: bool, only: list[str]) -> list[str]:
     others = [f"{CHECK}/{name}/{each.key}" for name in modules for each in checks[name] if each.dtype != dtype]
     # the sizes of the table are the last that a module lists
     telling = {name: [each.key for each in reversed(checks[name]) if each.dtype == dtype] for name in modules}
-    for turn in range(max(map(len, cases.values()), default=0)):
+    for turn in range(max(CHECK_TURNS, *map(len, cases.values()), 0)):
         for name in modules:
             share = math.ceil(len(telling[name]) / CHECK_TURNS)
             jobs += [f"{CHECK}/{name}/{key}" for key in telling[name][turn * share : (turn + 1) * share]]
@@ -109,10 +109,7 @@ def jobs_of(device: torch.device, quick: bool, only: list[str]) -> list[str]:
             jobs += [RANKS] * (torch.cuda.device_count() > 1 and "contrastive" in modules)
         if turn == CHECK_TURNS - 1:
             jobs += others
-            others = []
-    unchecked = {f"{CHECK}/{name}/{key}" for name in modules for key in telling[name]} - set(jobs)
-    jobs += [*sorted(unchecked), *others, *compiled]
-    jobs += [STEP] * (STEP in only and STEP not in jobs)
+    jobs += compiled
     if gpu:
         jobs += [name for name in (GLUON, SANITIZER) if wanted(name)]
     return jobs

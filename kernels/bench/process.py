@@ -78,12 +78,17 @@ class Worker:
 
     def stop(self) -> int | None:
         """Kill it with the processes that it has started; its exit code, or None for one that does not go."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        try:
-            return self._process.wait(timeout=SECONDS_TO_DIE)
-        except subprocess.TimeoutExpired:
-            return None
+        return end_group(self._process)
+
+
+def end_group(process: subprocess.Popen[bytes]) -> int | None:
+    """Kill a process and all of its group; its exit code, or None for one that the driver does not let die."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    try:
+        return process.wait(timeout=SECONDS_TO_DIE)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def _message(line: bytes) -> dict[str, Any] | None:

@@ -22,13 +22,13 @@ from kernels.bench.case import FIRST, Case, Check, Implementation, Tensors, shor
 from kernels.bench.check import ENOUGH_FOR_A_NORM, Judge
 from kernels.bench.measure import BACKWARD, FORWARD, Action, Clock, Run, Timing, as_list, peak_bytes, take_turns
 from kernels.bench.peers import MissingPeerError
+from kernels.dispatch import TRIAL_FAILED
 
 OURS, PEER = "kernels", "peer"
 OK, REFUSED, MISSING, ERROR, WRONG, LEFT_OUT = "ok", "refused", "missing", "error", "wrong", "left out"
 CHOOSING = "choice of auto"
 MESSAGE_CHARACTERS = 300
 SDPA_REFUSALS = ("No available kernel", "No viable backend")  # what torch says when it was left one kernel only
-TRIAL_FAILED = "its trial on "  # of kernels/dispatch.py: not a refusal, but a kernel that is wrong
 SAME_NUMBERS = {2: 5e-2, 4: 1e-3, 8: 1e-6}  # relative error (norm) by the bytes of the inputs' numbers
 
 Row = dict[str, Any]
@@ -112,12 +112,13 @@ class _Ready:
 def case_rows(case: Case, bench: Bench) -> Iterator[Row]:
     """One row a pass and implementation of the round."""
     tensors = case.draw(bench.device)
-    right = None if bench.round == FIRST else _reference(case, tensors, bench)  # what results must agree with
     blank: Row = {
         "operation": case.operation.function,
         "case": case.name,
         "shape": f"{case.shape} {short(next(iter(tensors.values())).dtype)}",
     }
+    # what results must agree with
+    right = None if bench.round == FIRST else _reference(case, tensors, bench, blank)
     auto = _auto_of(case, tensors, bench, blank)
     ready: dict[str, _Ready] = {}
     for group, name, implementation in _in_order(case, bench.round):
@@ -210,13 +211,12 @@ def _warm(case: Case, implementation: Implementation, tensors: Tensors, row: Row
     return _Ready(row, run, given, compared, extra)
 
 
-def _reference(case: Case, tensors: Tensors, bench: Bench) -> _Ready | None:
+def _reference(case: Case, tensors: Tensors, bench: Bench, blank: Row) -> _Ready | None:
     """The first implementation of the first round that runs; None where none does."""
     for group, name, implementation in _in_order(case, FIRST):
         if name in case.left_out or bench.skipped(case.operation.function, group, name):
             continue
-        row: Row = {"operation": case.operation.function, "case": case.name, "shape": case.shape, "group": group}
-        row |= {"implementation": name, "own": False, "auto": False, "pass": case.passes[0]}
+        row = {**blank, "pass": case.passes[0], "group": group, "own": False, "auto": False, "implementation": name}
         bench.started("rows", row, True)
         try:
             one = _warm(case, implementation, tensors, row, bench.device)

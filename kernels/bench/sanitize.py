@@ -18,7 +18,6 @@ import importlib
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -30,7 +29,7 @@ from typing import Any
 
 import torch
 
-from kernels.bench.process import dying_with_me
+from kernels.bench.process import dying_with_me, end_group
 
 TOOLS = ("memcheck", "racecheck")
 OPERATIONS = {  # by file, the function
@@ -95,25 +94,14 @@ def _one(program: str, tool: str, seconds: float) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             late = True
         finally:
-            _kill(process)
+            if end_group(process) is None:
+                print(f"process {process.pid} cannot be killed", file=sys.stderr)
         output.seek(0)
         report = output.read()
     print(report, file=sys.stderr, flush=True)  # whole, in the suite's log
     if late:
         return {**read(report, 1), "status": "error", "message": f"not done after {seconds:.0f} s"}
     return read(report, process.returncode)
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all of its group; one that the driver does not let die is left after ten seconds."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    try:
-        process.wait(10)
-    except subprocess.TimeoutExpired:
-        print(f"process {process.pid} cannot be killed", file=sys.stderr)
 
 
 def read(report: str, code: int = 0) -> dict[str, Any]:

@@ -25,9 +25,8 @@ from torch import nn
 from kernels.bench.contrastive import naive_infonce
 from kernels.bench.measure import Action, peak_bytes, take_turns
 from kernels.bench.rows import ERROR, OK, WRONG, Bench, Row, failure, raise_if_lost
+from kernels.cards import peak_flops
 
-# dense bf16 peak of the data sheet, by a part of the name that torch gives the card
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 KERNELS, TORCH = "kernels", "torch"
 SAME_LOSS = 2e-2  # relative; bf16 through 24 layers
 SHORT_STEP = 0.3  # seconds; where one takes less, twice the batch fills the card better
@@ -245,14 +244,6 @@ def _pair(size: Size, compile_blocks: bool, bench: Bench) -> Generator[Row, None
 
 def _same(action: Action) -> Action:
     return action
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Of the data sheet; None for a card that is not in the list, and for a CPU."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for card, peak in PEAK_FLOPS.items() if card in name), None)
 
 
 def figures(size: Size, seconds: float, device: torch.device, ceilings: dict[str, Any] | Any) -> dict[str, Any]:
